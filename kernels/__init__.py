@@ -1,0 +1,17 @@
+"""Decoding GGUF weights, and multiplying with them. Needs torch; Triton and libgguf where they exist.
+
+    dequantize(data, fmt, shape)            the weights that packed bytes stand for
+    linear(x, data, fmt, bias, residual)    x · dequant(data)ᵀ + bias + low-rank terms
+
+`formats.py` is the table of types, `reference.py` the decode that everything is held to.
+"""
+
+from .backends import BACKENDS, Choice, choose
+from .dispatch import LowRank, decoded_rows, dequantize, embedding, linear
+from .errors import AdapterError, CorruptFile, GraftError, NoBackend, UnsupportedFormat
+from .formats import FORMATS, Format, by_name, by_type
+
+__all__ = [
+    "BACKENDS", "FORMATS", "AdapterError", "Choice", "CorruptFile", "Format", "GraftError", "LowRank", "NoBackend",
+    "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize", "embedding", "linear",
+]  # fmt: skip

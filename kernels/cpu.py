@@ -1,0 +1,53 @@
+"""The `cpu` backend: libgguf's native row decoders.
+
+libgguf decodes 5 to 15 times faster than torch code does, on all cores (it starts its own threads and
+releases the GIL), but only to fp32 and into memory that it is handed.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from .formats import Format
+
+
+@functools.cache
+def _libgguf() -> ModuleType | str:
+    """The library, or why there is none."""
+    if find_spec("libgguf") is None:
+        return "libgguf is not installed (pip install libgguf)"
+    try:
+        import libgguf
+    except ImportError as error:
+        return f"libgguf does not load: {error}"
+    return libgguf
+
+
+def unavailable(device: torch.device, fmt: Format | None = None) -> str | None:
+    """None if this backend can decode `fmt` on `device`, else the reason in words."""
+    if device.type != "cpu":
+        return f"it decodes in main memory, the model is on {device.type}"
+    library = _libgguf()
+    if isinstance(library, str):
+        return library
+    if fmt is not None and fmt.is_quantized and library.row_size(fmt.ggml_type, fmt.block_size) != fmt.type_size:
+        return f"this libgguf does not know {fmt.name}"
+    return None
+
+
+def decode(data: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """Decode whole rows.
+
+    Args:
+        data: ``uint8 [rows, row_bytes]`` on the CPU, contiguous.
+        fmt: a quantized format.
+        out: ``fp32 [rows, columns]``, contiguous; overwritten.
+    """
+    library = _libgguf()
+    assert isinstance(library, ModuleType)
+    rows, columns = out.shape
+    library.dequantize_rows_into_raw(fmt.ggml_type, data.numpy(), out.numpy(), rows, columns)

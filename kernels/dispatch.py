@@ -1,0 +1,252 @@
+"""`dequantize` and `linear`: what the layers call.
+
+    y = x · dequant(W)ᵀ + b + Σ ((x · Aᵀ) ∘ S) · Bᵀ          W: [N, K], x: [..., K], A: [R, K], B: [n, R]
+
+Three ways, by shape, type and device: a matvec kernel or a fused kernel where Triton has one that wins
+(`triton_.choose`), and otherwise chunks of rows decoded into a scratch for the vendor's GEMM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import backends, cpu, scratch
+from .errors import CorruptFile
+from .formats import Format, by_name
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Low-rank terms beside a linear layer, rank-concatenated: ``y[..., start:start+n] += ((x Aᵀ) ∘ S) Bᵀ``.
+
+    Attributes:
+        down: A, ``[R, K]``: all adapters' down projections.
+        scale: S, ``fp32 [R]`` or ``[tokens, R]``: strength times alpha / rank of each rank.
+        ups: for each range of output rows ``(start, first, B)``, with B ``[n, r]`` reading ranks
+            ``first : first + r``. Adapters on the whole layer share one entry.
+    """
+
+    down: torch.Tensor
+    scale: torch.Tensor
+    ups: tuple[tuple[int, int, torch.Tensor], ...]
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """``t = (x Aᵀ) ∘ S``: x ``[M, K]`` to ``[M, R]`` in x's dtype."""
+        return torch.mm(x, self.down.to(x.dtype).t()).mul_(self.scale)
+
+
+def _as_format(fmt: Format | str) -> Format:
+    return by_name(fmt) if isinstance(fmt, str) else fmt
+
+
+def _byte_rows(data: torch.Tensor, fmt: Format, rows: int, columns: int) -> torch.Tensor | None:
+    """`data` as ``uint8 [rows, row_bytes]``, or None if rows do not end where blocks end."""
+    if columns % fmt.block_size:
+        return None
+    return data.reshape(rows, columns // fmt.block_size * fmt.type_size)
+
+
+def _decode(data: torch.Tensor, fmt: Format, out: torch.Tensor, backend: str) -> None:
+    """Decode ``uint8 [rows, row_bytes]`` into ``out [rows, columns]`` of any float dtype, contiguous."""
+    if backend == "triton":
+        module = backends.triton_backend()
+        module.dequantize(data, fmt, out)  # type: ignore[union-attr]
+    elif backend == "cpu" and out.dtype == torch.float32:
+        cpu.decode(data, fmt, out)
+    elif backend == "cpu":
+        # libgguf writes fp32 only: pass through a scratch small enough to stay in cache
+        step = scratch.rows_per_chunk(out.device, out.shape[1], torch.float32)
+        for start in range(0, out.shape[0], step):
+            part = out[start : start + step]
+            wide = scratch.take(out.device, part.shape[0], part.shape[1], torch.float32, "decode")
+            cpu.decode(data[start : start + step], fmt, wide)
+            part.copy_(wide)
+    else:
+        assert fmt.decode is not None
+        blocks = data.reshape(-1, fmt.type_size)
+        flat = out.view(-1, fmt.block_size)
+        step = max(1, scratch.CPU_BYTES // (4 * fmt.block_size))
+        for start in range(0, blocks.shape[0], step):
+            flat[start : start + step].copy_(fmt.decode(blocks[start : start + step]))
+
+
+def dequantize(
+    data: torch.Tensor,
+    fmt: Format | str,
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The weights that `data` stands for.
+
+    Args:
+        data: the file's bytes of one tensor, ``uint8``, any shape, or for a type that torch can hold as
+            it is, a tensor of that dtype.
+        fmt: their format, or its name.
+        shape: the logical shape; the last dimension need not be a multiple of the block.
+        dtype: fp32, fp16 or bf16.
+        backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
+
+    Returns:
+        a new tensor of `shape` and `dtype` on `data`'s device.
+
+    Raises:
+        CorruptFile: the bytes are not as many as the shape needs.
+        NoBackend: the backend asked for cannot run here.
+    """
+    fmt = _as_format(fmt)
+    count = math.prod(shape)
+    if data.nbytes * fmt.block_size != count * fmt.type_size:
+        raise CorruptFile(
+            f"{tuple(shape)} weights of {fmt.name} take {count * fmt.type_size // fmt.block_size} bytes, "
+            f"but there are {data.nbytes}: get the file again"
+        )
+    if not fmt.is_quantized:
+        assert fmt.dtype is not None
+        return data.reshape(-1).view(fmt.dtype).reshape(shape).to(dtype)
+    chosen = backends.choose(data.device, fmt, backend).name
+    # whole rows where they end with a block, else one row of everything
+    columns = shape[-1] if len(shape) and shape[-1] % fmt.block_size == 0 else count
+    out = torch.empty(count // columns, columns, dtype=dtype, device=data.device)
+    rows = _byte_rows(data, fmt, *out.shape)
+    assert rows is not None
+    _decode(rows.contiguous(), fmt, out, chosen)
+    return out.view(shape)
+
+
+def decoded_rows(
+    data: torch.Tensor, fmt: Format | str, rows: int, columns: int, dtype: torch.dtype, backend: str = "auto"
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Walk over a ``[rows, columns]`` weight in chunks: ``(which rows, weight [n, columns] in dtype)``.
+
+    The chunk lies in the reused scratch and is gone with the next step.
+    """
+    fmt = _as_format(fmt)
+    if fmt.is_quantized and columns % fmt.block_size:
+        # rows of a reshaped tensor that start inside a block: nothing to walk along
+        yield slice(0, rows), dequantize(data, fmt, (rows, columns), dtype, backend)
+        return
+    if not fmt.is_quantized and data.dtype == dtype:
+        yield slice(0, rows), data.reshape(rows, columns)
+        return
+    source = _byte_rows(data, fmt, rows, columns) if fmt.is_quantized else data.reshape(rows, columns)
+    assert source is not None
+    chosen = backends.choose(data.device, fmt, backend).name if fmt.is_quantized else ""
+    step = scratch.rows_per_chunk(data.device, columns, dtype)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = scratch.take(data.device, stop - start, columns, dtype)
+        if fmt.is_quantized:
+            _decode(source[start:stop], fmt, weight, chosen)
+        else:
+            weight.copy_(source[start:stop])
+        yield slice(start, stop), weight
+
+
+def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: slice) -> None:
+    """Add those terms that fall into `rows` of the layer to ``out [M, rows]``."""
+    for start, first, up in low_rank.ups:
+        begin, end = max(start, rows.start), min(start + up.shape[0], rows.stop)
+        if begin < end:
+            part = up[begin - start : end - start].to(out.dtype)
+            out[:, begin - rows.start : end - rows.start].addmm_(t[:, first : first + up.shape[1]], part.t())
+
+
+def _linear_by_chunks(
+    x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, t: torch.Tensor | None,
+    low_rank: LowRank | None, bias: torch.Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    for rows, weight in decoded_rows(data, fmt, out.shape[1], x.shape[1], x.dtype, backend):
+        part = out[:, rows]
+        if bias is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(bias[rows], x, weight.t(), out=part)
+        if t is not None and low_rank is not None:
+            # while this part of the output is still in cache
+            _add_low_rank(part, t, low_rank, rows)
+
+
+def linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    fmt: Format | str,
+    bias: torch.Tensor | None = None,
+    residual: LowRank | None = None,
+    rows: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``x · dequant(data)ᵀ + bias``, with low-rank terms beside it.
+
+    Args:
+        x: ``[..., K]`` in fp32, fp16 or bf16: the dtype of the computation and of the result.
+        data: the packed weight, ``uint8 [N, row_bytes]`` or flat, or a float tensor ``[N, K]``.
+        fmt: its format, or its name.
+        bias: ``[N]``.
+        residual: low-rank terms.
+        rows: N, where `data` is not shaped ``[N, ...]``.
+        backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+    """
+    fmt = _as_format(fmt)
+    n = data.shape[0] if rows is None else rows
+    flat = x.reshape(-1, x.shape[-1])
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
+    t = residual.project(flat) if residual is not None else None
+    chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
+    if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias)):
+        _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend)
+    return out.view(*x.shape[:-1], n)
+
+
+def _linear_in_triton(
+    x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, t: torch.Tensor | None,
+    low_rank: LowRank | None, bias: torch.Tensor | None,
+) -> bool:  # fmt: skip
+    """Run a matvec or fused kernel if the table says that it wins; False if chunks do."""
+    triton = backends.triton_backend()
+    assert not isinstance(triton, str)
+    kernel = triton.choose(x.shape[0], out.shape[1], x.shape[1], fmt, x.device, x.dtype)
+    if kernel == "dequantize" or x.shape[1] % fmt.block_size:
+        return False
+    source = _byte_rows(data, fmt, out.shape[1], x.shape[1])
+    # the epilogue takes one term that spans the whole layer; slices are added behind it
+    spans = low_rank is not None and len(low_rank.ups) == 1 and low_rank.ups[0][2].shape[0] == out.shape[1]
+    epilogue = (t, low_rank.ups[0][2].to(x.dtype)) if spans and low_rank is not None else None
+    getattr(triton, kernel)(x, source, fmt, out, bias, epilogue)
+    if t is not None and low_rank is not None and not spans:
+        _add_low_rank(out, t, low_rank, slice(0, out.shape[1]))
+    return True
+
+
+def embedding(
+    indices: torch.Tensor, data: torch.Tensor, fmt: Format | str, shape: tuple[int, int], dtype: torch.dtype,
+    backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """Rows of a packed ``[count, width]`` table: only those that are looked up are decoded.
+
+    Args:
+        indices: integers of any shape ``[...]``.
+
+    Returns:
+        ``[..., width]`` in `dtype`.
+    """
+    fmt = _as_format(fmt)
+    count, width = shape
+    source = _byte_rows(data, fmt, count, width) if fmt.is_quantized else data.reshape(count, width)
+    if source is None:
+        return F.embedding(indices, dequantize(data, fmt, shape, dtype, backend))
+    wanted = source.index_select(0, indices.reshape(-1))
+    return dequantize(wanted, fmt, (*indices.shape, width), dtype, backend)
+
+
+__all__ = ["LowRank", "decoded_rows", "dequantize", "embedding", "linear"]

@@ -1,0 +1,48 @@
+"""Memory that decoded weights pass through on their way into a matmul.
+
+A fresh allocation for every layer costs more than the decoding (page faults on a CPU, allocator
+pressure on a GPU), so each thread and stream reuses one buffer of bounded size: larger weights pass
+through it in chunks of rows, which is exact because rows are independent.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+# On a CPU a chunk should still be in the last-level cache when the matmul reads it; on a GPU it should
+# be large enough for the vendor's GEMM to reach full speed.
+CPU_BYTES = 12 << 20
+GPU_BYTES = 64 << 20
+
+_local = threading.local()
+
+
+def rows_per_chunk(device: torch.device, columns: int, dtype: torch.dtype) -> int:
+    """How many rows of `columns` weights in `dtype` pass through the scratch at a time; at least one."""
+    budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES
+    return max(1, budget // (columns * dtype.itemsize))
+
+
+def take(device: torch.device, rows: int, columns: int, dtype: torch.dtype, slot: str = "") -> torch.Tensor:
+    """A ``[rows, columns]`` view of this thread's and stream's scratch; its contents are undefined.
+
+    Two takes with different `slot` do not overlap; a later take with the same slot reuses the memory.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    buffers: dict[tuple, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
+    key = (device, stream, dtype, slot)
+    size = rows * columns
+    buffer = buffers.get(key)
+    if buffer is None or buffer.numel() < size:
+        buffers.pop(key, None)
+        # under inference_mode a cached tensor would be unusable outside of it
+        with torch.inference_mode(False):
+            buffer = buffers[key] = torch.empty(size, dtype=dtype, device=device)
+    return buffer[:size].view(rows, columns)
+
+
+def release() -> None:
+    """Give this thread's scratch back to the allocator."""
+    _local.__dict__.pop("buffers", None)
