@@ -17,6 +17,7 @@ def bind(root: Path = ROOT, name: str = "graft") -> None:
 
 
 bind()
+sys.path.append(str(Path(__file__).parent))  # for `import oracle`: importlib mode leaves the path alone
 # pytest imports the root package of a conftest by its folder's name: give it one that does nothing
 sys.modules.setdefault(ROOT.name, types.ModuleType(ROOT.name))
 os.environ.setdefault("TRITON_INTERPRET", "1")
