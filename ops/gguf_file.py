@@ -443,30 +443,41 @@ def _read_tensor_info(cursor: _Cursor) -> _TensorInfo:
 def _build_tensors(
     infos: list[_TensorInfo], metadata: Metadata, mapping: mmap.mmap, start: int, alignment: int, path: Path
 ) -> dict[str, GGUFTensor]:
-    """Check what the header says about the tensors, and give each the view of its bytes."""
-    data = torch.frombuffer(mapping, dtype=torch.uint8)
+    """The tensors whose data begins at byte `start`, once all that the header says about them is checked."""
     tensors: dict[str, GGUFTensor] = {}
     for info in infos:
-        name, shown = info.name, _shown(info.name)
-        if name in tensors:
-            raise CorruptFile(f"the header has the tensor {shown} twice: {_AGAIN} ({path})")
-        fmt = by_type(info.ggml_type, f"tensor {shown}, {path}")
-        *rows, columns = info.stored_shape or (1,)
-        try:
-            nbytes = math.prod(rows) * fmt.row_bytes(columns)
-        except CorruptFile as error:
-            raise CorruptFile(f"tensor {shown}: {error} ({path})") from None
+        if info.name in tensors:
+            raise CorruptFile(f"the header has the tensor {_shown(info.name)} twice: {_AGAIN} ({path})")
         if info.offset % alignment:
-            raise CorruptFile(f"tensor {shown} is not aligned to {alignment} bytes: {_AGAIN} ({path})")
-        offset = start + info.offset
-        end = offset + nbytes
-        if end > len(mapping):
-            problem = f"tensor {shown} ends at byte {end} and the file at byte {len(mapping)}"
-            raise CorruptFile(f"{problem}: {_AGAIN} ({path})")
-        shape = _logical_shape(info, metadata, path)
-        tensors[name] = GGUFTensor(name, fmt, shape, info.stored_shape, offset, nbytes, data[offset:end])
+            raise CorruptFile(f"tensor {_shown(info.name)} is not aligned to {alignment} bytes: {_AGAIN} ({path})")
+        tensors[info.name] = _build_tensor(info, metadata, mapping, start + info.offset, path)
     _check_overlap(tensors, path)
     return tensors
+
+
+def _build_tensor(info: _TensorInfo, metadata: Metadata, mapping: mmap.mmap, offset: int, path: Path) -> GGUFTensor:
+    name, shown = info.name, _shown(info.name)
+    fmt = by_type(info.ggml_type, f"tensor {shown}, {path}")
+    *rows, columns = info.stored_shape or (1,)
+    try:
+        nbytes = math.prod(rows) * fmt.row_bytes(columns)
+    except CorruptFile as error:
+        raise CorruptFile(f"tensor {shown}: {error} ({path})") from None
+    if offset + nbytes > len(mapping):
+        problem = f"tensor {shown} ends at byte {offset + nbytes} and the file at byte {len(mapping)}"
+        raise CorruptFile(f"{problem}: {_AGAIN} ({path})")
+    shape = _logical_shape(info, metadata, path)
+    return GGUFTensor(name, fmt, shape, info.stored_shape, offset, nbytes, _view(mapping, offset, nbytes))
+
+
+def _view(mapping: mmap.mmap, offset: int, nbytes: int) -> torch.Tensor:
+    """Some bytes of the mapping as uint8 [nbytes], a storage of its own.
+
+    As slices of one storage, deepcopy and torch.save would take the whole file along with each tensor.
+    """
+    if not nbytes:  # frombuffer takes no empty part
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
 def _logical_shape(info: _TensorInfo, metadata: Metadata, path: Path) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """GGUF files: sound ones read as gguf-py reads them, without a copy; every other one is refused in a sentence."""
 
+import copy
 import hashlib
 import math
 import os
@@ -265,7 +266,12 @@ def test_tensors_are_views_of_one_mapping(tmp_path):
     tensors = list(open_gguf(path).tensors.values())
     bases = {tensor.data.data_ptr() - tensor.offset for tensor in tensors}
     assert len(bases) == 1
-    assert all(tensor.data.untyped_storage().nbytes() == path.stat().st_size for tensor in tensors)
+
+
+def test_a_copy_of_a_tensor_does_not_take_the_file_along(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", {"a": (normal(4, 256), "Q4_K"), "b": (normal(64, 256), "F16")})
+    data = open_gguf(path).tensors["a"].data
+    assert data.untyped_storage().nbytes() == copy.deepcopy(data).untyped_storage().nbytes() == 4 * 144
 
 
 def test_writing_to_a_view_leaves_the_file(tmp_path):
