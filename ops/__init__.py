@@ -1,0 +1,1 @@
+"""GGUF files, packed layers and live adapters: everything that needs no host."""

@@ -1,0 +1,280 @@
+"""Linear, Conv1d/2d/3d and Embedding on packed weights, with live adapters beside them.
+
+The format belongs to the layer: `weight` is an ordinary parameter (packed bytes as flat ``uint8``, or
+F16, BF16, F32 as they came), and the layer knows `fmt` and `logical_shape`. Hosts may move, pin and
+re-wrap the parameter as they like; nothing hangs on it. Unquantized layers are Graft layers too,
+because a host that patches an F16 weight rounds the LoRA to fp16.
+
+`PackedLayer` is the mixin; a host's own layer classes take it before their own (see `nodes/ops.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels import Format, LowRank, by_name, decoded_rows, dequantize, embedding, linear
+from .packed import PackedTensor
+
+if TYPE_CHECKING:
+    from .residual import LayerResidual
+
+_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+def format_of(tensor: torch.Tensor) -> Format:
+    """The GGUF format of a weight as it is loaded: a PackedTensor's own, else that of its dtype."""
+    if isinstance(tensor, PackedTensor):
+        return tensor.fmt
+    return by_name(_FLOATS.get(tensor.dtype, "F32"))
+
+
+class PackedLayer(nn.Module):
+    """A layer whose weight may be packed, and beside which adapters may run.
+
+    Attributes:
+        fmt: format of the weight; None until it is loaded.
+        logical_shape: the weight's shape as the architecture means it, ``[out, in, ...]``.
+        residual: the adapters of the model call under way; set by `ResidualStack.active`.
+        backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
+    """
+
+    fmt: Format | None = None
+    logical_shape: torch.Size
+    residual: LayerResidual | None = None
+    backend: str = "auto"
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Take the weight and bias as they are: bytes stay bytes, F16 stays F16."""
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            missing_keys.append(prefix + "weight")
+        elif tuple(weight.shape) != tuple(self.logical_shape):
+            error_msgs.append(
+                f"size mismatch for {prefix}weight: the file has {tuple(weight.shape)}, "
+                f"the model {tuple(self.logical_shape)}"
+            )
+        else:
+            self.load_weight(weight)
+        bias = state_dict.get(prefix + "bias")
+        if bias is not None:
+            plain = bias.dequantize(torch.float32) if isinstance(bias, PackedTensor) else bias
+            self.bias = nn.Parameter(plain, requires_grad=False)
+        elif getattr(self, "bias", None) is not None:
+            missing_keys.append(prefix + "bias")
+        known = {prefix + "weight", prefix + "bias"}
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+
+    def load_weight(self, weight: torch.Tensor) -> None:
+        """Hold `weight`, a PackedTensor or a float tensor of the logical shape, without copying it."""
+        self.fmt = format_of(weight)
+        data = weight.packed if isinstance(weight, PackedTensor) else weight.detach()
+        self.weight = nn.Parameter(data, requires_grad=False)
+
+    def fetch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Callable[[], None]]:
+        """Weight data and bias on x's device, and what to call when they are no longer needed.
+
+        Hosts that offload weights override this with their own way of bringing them in.
+        """
+        bias = self.bias
+        return self.weight.to(x.device), None if bias is None else bias.to(x.device), _nothing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        data, bias, release = self.fetch(x)
+        try:
+            if self.residual is None:
+                return self.compute(x, data, bias)
+            return self.residual(x, self, data, bias)
+        finally:
+            release()
+
+    def compute(
+        self, x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None = None, low_rank: LowRank | None = None
+    ) -> torch.Tensor:
+        """The layer's own operation on its base weight, with low-rank terms beside it."""
+        raise NotImplementedError
+
+    def compute_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's own operation with `weight`, of the logical shape or a padded one, in x's dtype."""
+        raise NotImplementedError
+
+    def format_of(self, data: torch.Tensor) -> Format:
+        """What `data` is in: packed bytes, or weights that a host has decoded and worked on already."""
+        assert self.fmt is not None
+        return self.fmt if data.dtype == self.weight.dtype else format_of(data)
+
+    def dequantized(self, data: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The whole weight in its logical shape, as a new tensor that the caller may write to."""
+        data = self.weight.data if data is None else data
+        fmt = self.format_of(data)
+        if not fmt.is_quantized:
+            return data.to(dtype, copy=True).reshape(self.logical_shape)
+        return dequantize(data, fmt, self.logical_shape, dtype, self.backend)
+
+    def packed_weight(self) -> torch.Tensor:
+        """The weight as it goes into a state dict: a PackedTensor, or the float tensor itself."""
+        assert self.fmt is not None
+        if not self.fmt.is_quantized:
+            return self.weight.data
+        return PackedTensor(self.weight.data, self.fmt, self.logical_shape)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.logical_shape)}, {self.fmt.name if self.fmt else 'empty'}"
+
+
+def _nothing() -> None:
+    """Nothing to release: the weight never left."""
+
+
+class LinearMath(PackedLayer):
+    """``[..., K] -> [..., N]``."""
+
+    def compute(
+        self, x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None = None, low_rank: LowRank | None = None
+    ) -> torch.Tensor:
+        return linear(x, data, self.format_of(data), bias, low_rank, rows=self.logical_shape[0], backend=self.backend)
+
+    def compute_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class ConvMath(PackedLayer):
+    """``[B, C, ...] -> [B, N, ...]``; a low-rank term is a k×k convolution to the ranks and a 1×1 one back."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _conv_forward: Callable[..., torch.Tensor]
+
+    def compute(
+        self, x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None = None, low_rank: LowRank | None = None
+    ) -> torch.Tensor:
+        y = self._convolve(x, data, bias)
+        return y if low_rank is None else self._add_low_rank(x, y, low_rank)
+
+    def _convolve(self, x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        shape = self.logical_shape
+        if self.groups != 1:
+            return self._conv_forward(x, self.dequantized(data, x.dtype), bias)
+        parts = [
+            self._conv_forward(x, weight.view(-1, *shape[1:]), None if bias is None else bias[rows])
+            for rows, weight in decoded_rows(
+                data, self.format_of(data), shape[0], math.prod(shape[1:]), x.dtype, self.backend
+            )
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-len(shape) + 1)
+
+    def _add_low_rank(self, x: torch.Tensor, y: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
+        kernel = self.logical_shape[2:]
+        t = self._conv_forward(x, low_rank.down.to(x.dtype).view(-1, self.logical_shape[1], *kernel), None)
+        t = t.movedim(-len(kernel) - 1, -1) * low_rank.scale.to(x.dtype)
+        for start, first, up in low_rank.ups:
+            term = F.linear(t[..., first : first + up.shape[1]], up.to(x.dtype)).movedim(-1, -len(kernel) - 1)
+            y.narrow(-len(kernel) - 1, start, up.shape[0]).add_(term)
+        return y
+
+    def compute_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._conv_forward(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class EmbeddingMath(PackedLayer):
+    """Integer indices ``[...] -> [..., width]``: only the rows that are looked up are decoded."""
+
+    dtype: torch.dtype = torch.float32
+
+    def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        data, _, release = self.fetch(x)
+        try:
+            if out_dtype is not None:
+                self.dtype = out_dtype
+            return self.compute(x, data) if self.residual is None else self.residual(x, self, data, None)
+        finally:
+            release()
+
+    def compute(
+        self, x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None = None, low_rank: LowRank | None = None
+    ) -> torch.Tensor:
+        shape = (self.logical_shape[0], self.logical_shape[1])
+        y = embedding(x, data, self.format_of(data), shape, self.dtype, self.backend)
+        if low_rank is not None:
+            # ΔW = B·diag(S)·A, so row i of it is (B[i] ∘ S)·A
+            for start, first, up in low_rank.ups:
+                inside = (x >= start) & (x < start + up.shape[0])
+                ranks = slice(first, first + up.shape[1])
+                h = F.embedding((x - start).clamp(0, up.shape[0] - 1), up.to(y.dtype)) * low_rank.scale[ranks]
+                y = y + torch.where(inside.unsqueeze(-1), h.to(y.dtype) @ low_rank.down[ranks].to(y.dtype), 0)
+        return y
+
+    def compute_dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.embedding(x, weight.to(self.dtype))
+
+
+class _Hostless:
+    """Builds an empty layer: shapes and settings, no memory for a weight that a file will bring."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("dtype", None)
+        device = kwargs.pop("device", None)
+        super().__init__(*args, device="meta", **kwargs)
+        self.take_shape(device)
+
+    def take_shape(self, device: torch.device | str | None = None) -> None:
+        """Note the logical shape and let go of the placeholder weight."""
+        self.logical_shape = self.weight.shape  # type: ignore[has-type]
+        self.weight = None
+        if getattr(self, "bias", None) is not None:
+            self.bias = nn.Parameter(torch.zeros(self.bias.shape, device=device), requires_grad=False)  # type: ignore[has-type]
+
+
+class Linear(_Hostless, LinearMath, nn.Linear):
+    """`torch.nn.Linear` on a packed weight."""
+
+
+class Conv1d(_Hostless, ConvMath, nn.Conv1d):
+    """`torch.nn.Conv1d` on a packed weight."""
+
+
+class Conv2d(_Hostless, ConvMath, nn.Conv2d):
+    """`torch.nn.Conv2d` on a packed weight."""
+
+
+class Conv3d(_Hostless, ConvMath, nn.Conv3d):
+    """`torch.nn.Conv3d` on a packed weight."""
+
+
+class Embedding(_Hostless, EmbeddingMath, nn.Embedding):
+    """`torch.nn.Embedding` on a packed weight."""
+
+    bias = None
+
+
+def packed_layers(model: nn.Module, prefix: str = "") -> dict[str, PackedLayer]:
+    """Every Graft layer of `model` under its path, e.g. ``double_blocks.0.img_attn.qkv``."""
+    return {prefix + name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
+def unpack_leftovers(model: nn.Module) -> None:
+    """Give every parameter outside of our layers its weights: a norm scale or an embedding that arrived packed."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if isinstance(parameter, PackedTensor) or isinstance(getattr(parameter, "data", None), PackedTensor):
+                packed = parameter if isinstance(parameter, PackedTensor) else parameter.data  # type: ignore[union-attr]
+                module._parameters[name] = nn.Parameter(packed.dequantize(), requires_grad=False)
+
+
+__all__ = [
+    "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "PackedLayer", "packed_layers",
+    "unpack_leftovers",
+]  # fmt: skip

@@ -1,0 +1,203 @@
+"""`PackedTensor`: a GGUF tensor on its way from the file into a layer.
+
+Hosts look at shapes and dtypes in state dicts, rename, split and join them, long before a layer exists
+that could hold packed bytes. A PackedTensor shows them the logical shape and a float dtype. Splitting
+and joining along dimension 0 keeps it packed, since rows are independent; any other operation
+dequantizes and goes on with an ordinary tensor. The bytes are only ever read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..kernels import Format, dequantize
+
+_aten = torch.ops.aten
+
+
+class PackedTensor(torch.Tensor):
+    """Packed bytes that look like a float tensor.
+
+    Attributes:
+        packed: ``uint8``, flat: the bytes as they stand in the file (a view of the memory map).
+        fmt: their format.
+    """
+
+    packed: torch.Tensor
+    fmt: Format
+
+    @staticmethod
+    def __new__(
+        cls, packed: torch.Tensor, fmt: Format, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    ) -> PackedTensor:
+        """Args:
+        packed: the bytes; as many as `shape` needs in `fmt`.
+        fmt: a quantized format.
+        shape: the logical shape.
+        dtype: the float dtype to show, and to dequantize to where an operation asks for none.
+        """
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, tuple(shape), dtype=dtype, device=packed.device, requires_grad=False
+        )
+        self.packed = packed.reshape(-1)
+        self.fmt = fmt
+        return self
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # type: ignore[override]
+        """The weights as an ordinary tensor of the same shape, in `dtype` or the one that is shown."""
+        return dequantize(self.packed, self.fmt, self.shape, dtype or self.dtype)
+
+    @property
+    def rows_are_whole(self) -> bool:
+        """Whether dimension 0 can be cut without cutting a block."""
+        return self.dim() > 0 and self.shape[0] > 0 and math.prod(self.shape[1:]) % self.fmt.block_size == 0
+
+    def with_packed(self, packed: torch.Tensor, shape: Sequence[int] | None = None) -> PackedTensor:
+        """The same format around other bytes."""
+        return PackedTensor(packed, self.fmt, self.shape if shape is None else shape, self.dtype)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"PackedTensor({self.fmt.name}, {list(self.shape)}, {self.dtype}, {self.device})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return PackedTensor, (self.packed, self.fmt, tuple(self.shape), self.dtype)
+
+    def __deepcopy__(self, memo: dict) -> PackedTensor:
+        return self.with_packed(self.packed.clone())
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*_dequantized(args), **_dequantized(kwargs))
+
+
+def _dequantized(value: Any) -> Any:
+    """`value` with every PackedTensor in it replaced by its weights."""
+    if isinstance(value, PackedTensor):
+        return value.dequantize()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_dequantized(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _dequantized(v) for k, v in value.items()}
+    return value
+
+
+def _same(tensor: PackedTensor, *args: Any, **kwargs: Any) -> PackedTensor:
+    return tensor.with_packed(tensor.packed)
+
+
+def _clone(tensor: PackedTensor, **kwargs: Any) -> PackedTensor:
+    return tensor.with_packed(tensor.packed.clone())
+
+
+def _to_copy(tensor: PackedTensor, **kwargs: Any) -> torch.Tensor:
+    """A move keeps the bytes; another dtype is a question for the weights themselves."""
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    if dtype is None or dtype == tensor.dtype:
+        moved = tensor.packed.to(device=device, non_blocking=bool(kwargs.get("non_blocking")), copy=True)
+        return tensor.with_packed(moved)
+    # in fp32 first where more is asked for than is shown, so that nothing is rounded on the way
+    wide = tensor.dequantize(torch.float32)
+    return wide.to(device=device, dtype=dtype)
+
+
+def _empty_like(tensor: PackedTensor, **kwargs: Any) -> torch.Tensor:
+    """Room for the weights, not for the bytes."""
+    return torch.empty(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype, device=kwargs.get("device") or tensor.device)
+
+
+def _copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
+    if isinstance(target, PackedTensor):
+        raise TypeError("packed weights are read-only: load them into a layer, or dequantize() them")
+    assert isinstance(source, PackedTensor)
+    wanted = target.dtype if target.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+    return _aten.copy_.default(target, source.dequantize(wanted), non_blocking)
+
+
+def _rows(tensor: PackedTensor, start: int, stop: int) -> PackedTensor:
+    row_bytes = tensor.packed.numel() // tensor.shape[0]
+    return tensor.with_packed(tensor.packed[start * row_bytes : stop * row_bytes], (stop - start, *tensor.shape[1:]))
+
+
+def _slice(tensor: PackedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    if dim % tensor.dim() != 0 or step != 1 or not tensor.rows_are_whole:
+        return NotImplemented
+    begin, stop, _ = slice(start, end).indices(tensor.shape[0])
+    return _rows(tensor, begin, max(begin, stop))
+
+
+def _split_with_sizes(tensor: PackedTensor, sizes: Sequence[int], dim: int = 0) -> Any:
+    if dim % tensor.dim() != 0 or not tensor.rows_are_whole:
+        return NotImplemented
+    edges = [0]
+    for size in sizes:
+        edges.append(edges[-1] + size)
+    return [_rows(tensor, a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _split(tensor: PackedTensor, size: int, dim: int = 0) -> Any:
+    if dim % tensor.dim() != 0 or not tensor.rows_are_whole:
+        return NotImplemented
+    count = tensor.shape[0]
+    return [_rows(tensor, start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
+    packed = [t for t in tensors if isinstance(t, PackedTensor)]
+    first = packed[0]
+    alike = len(packed) == len(tensors) and all(
+        t.fmt is first.fmt and t.dim() == first.dim() and t.shape[1:] == first.shape[1:] and t.rows_are_whole
+        for t in packed
+    )
+    if not alike or dim % first.dim() != 0:
+        return NotImplemented
+    rows = sum(t.shape[0] for t in packed)
+    return first.with_packed(torch.cat([t.packed for t in packed]), (rows, *first.shape[1:]))
+
+
+def _reshape(tensor: PackedTensor, shape: Sequence[int]) -> PackedTensor:
+    """Blocks run along the flat order of the elements, so a reshape leaves the bytes as they are."""
+    known = math.prod(s for s in shape if s != -1)
+    return tensor.with_packed(tensor.packed, [tensor.numel() // known if s == -1 else s for s in shape])
+
+
+def _unsqueeze(tensor: PackedTensor, dim: int) -> PackedTensor:
+    shape = list(tensor.shape)
+    shape.insert(dim % (tensor.dim() + 1), 1)
+    return _reshape(tensor, shape)
+
+
+def _squeeze(tensor: PackedTensor, dim: int | None = None) -> PackedTensor:
+    kept = [n for i, n in enumerate(tensor.shape) if n != 1 or (dim is not None and i != dim % tensor.dim())]
+    return _reshape(tensor, kept)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    _aten.detach.default: _same,
+    _aten.alias.default: _same,
+    _aten.lift_fresh.default: _same,
+    _aten.clone.default: _clone,
+    _aten._to_copy.default: _to_copy,
+    _aten.copy_.default: _copy_,
+    _aten.empty_like.default: _empty_like,
+    _aten.slice.Tensor: _slice,
+    _aten.split.Tensor: _split,
+    _aten.split_with_sizes.default: _split_with_sizes,
+    _aten.cat.default: _cat,
+    _aten.view.default: _reshape,
+    _aten._unsafe_view.default: _reshape,
+    _aten.reshape.default: _reshape,
+    _aten.unsqueeze.default: _unsqueeze,
+    _aten.squeeze.default: _squeeze,
+    _aten.squeeze.dim: _squeeze,
+}
