@@ -1,0 +1,66 @@
+# Each of these sets itself up first: a .venv beside this file, made anew when the requirements change.
+# PYTHON names the Python for it (3.10 to 3.13), JOBS the number of test processes, ARGS what to pass on.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$p && break; done)
+JOBS ?= 2
+ARGS ?=
+
+PY := .venv/bin/python
+READY := .venv/ready
+PIP := $(PY) -m pip --disable-pip-version-check install -qq
+TORCH := $(shell grep '^torch==' requirements-dev.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check readme bench bench-comfy bench-adapters bench-gpu kernels-report clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
+
+demo: $(READY)  ## the main job without a host: a table, and demo.png
+	$(PY) benchmarks/demo.py $(ARGS)
+
+test: $(READY)  ## all tests; those that need a GPU or a host say so where there is none
+	$(PY) -m pytest -q -n $(JOBS) $(ARGS)
+
+check: $(READY)  ## ruff, mypy, and who may import whom
+	$(PY) -m ruff check .
+	cd .venv && bin/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
+	$(PY) -m pytest -q tests/test_layering.py
+
+readme: $(READY)  ## write the format matrix in README.md anew
+	$(PY) benchmarks/readme_matrix.py
+
+bench: test  ## every benchmark that runs without a GPU, after the tests
+	$(MAKE) bench-comfy bench-adapters
+
+bench-comfy: $(READY)  ## a step in ComfyUI, against city96/ComfyUI-GGUF (COMFYUI_PATH, COMFYUI_GGUF_PATH)
+	$(PY) benchmarks/bench_comfy.py $(ARGS)
+
+bench-adapters: $(READY)  ## what each kind of adapter costs beside its layer
+	$(PY) benchmarks/bench_adapters.py $(ARGS)
+
+bench-gpu: $(READY)  ## the GPU tests, then the kernels on this GPU: CSV and plot
+	$(PY) benchmarks/bench_gpu.py $(ARGS)
+
+kernels-report: $(READY)  ## registers, spills and instructions of every kernel, compiled without a GPU
+	$(PY) benchmarks/kernels_report.py $(ARGS)
+
+clean:  ## remove .venv and what was built
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# PyPI's torch for Linux brings several GB of CUDA along. Without an NVIDIA GPU a build that pip finds at hand
+# (PIP_FIND_LINKS) will do, else PyTorch's own for CPUs, and only then PyPI's.
+$(READY): requirements.txt requirements-dev.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 with venv found: install one, or say make PYTHON=..."; exit 1; }
+	@echo "setting up .venv with $(PYTHON), once"
+	@$(PYTHON) -m venv --clear .venv
+	@if [ "$$(uname)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then \
+		$(PIP) --no-deps --no-index $(TORCH) 2>/dev/null || \
+		$(PIP) --no-deps --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu $(TORCH) || \
+		echo "no CPU build of torch to be had: taking PyPI's"; \
+	fi
+	@$(PIP) -r requirements-dev.txt
+	@ln -sfn .. .venv/graft
+	@touch $@
