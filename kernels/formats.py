@@ -31,6 +31,7 @@ class Format:
         family: what it is related to; groups the README's matrix.
         decode: reference decode, ``uint8 [blocks, type_size] -> fp32 [blocks, block_size]``.
         triton: the Triton decode function as ``module.function`` in ``kernels/triton_``.
+        book: the code book that it looks codes up in, a name of `codebooks.NAMES`.
         dtype: the torch dtype of a type that torch can hold as it is.
         refusal: why this type cannot be a weight, with the remedy.
     """
@@ -42,6 +43,7 @@ class Format:
     family: Family
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
     triton: str | None = None
+    book: str | None = None
     dtype: torch.dtype | None = None
     refusal: str | None = None
 
@@ -67,10 +69,12 @@ class Format:
         return self.name
 
 
-def _quantized(name: str, number: int, block_size: int, type_size: int, family: Family, triton: str) -> Format:
+def _quantized(
+    name: str, number: int, block_size: int, type_size: int, family: Family, triton: str, book: str | None = None
+) -> Format:
     return Format(
         name, number, block_size, type_size, family,
-        decode=getattr(reference, f"decode_{name.lower()}"), triton=f"{triton}.decode_{name.lower()}",
+        decode=getattr(reference, f"decode_{name.lower()}"), triton=f"{triton}.decode_{name.lower()}", book=book,
     )  # fmt: skip
 
 
@@ -83,7 +87,7 @@ _ACTIVATION = "is a format of activations, not of weights: convert the model to 
 FORMATS: tuple[Format, ...] = (
     _plain("F32", 0, "float", torch.float32),
     _plain("F16", 1, "float", torch.float16),
-    Format("BF16", 30, 1, 2, "float", reference.decode_bf16, "legacy.decode_bf16", torch.bfloat16),
+    Format("BF16", 30, 1, 2, "float", reference.decode_bf16, "legacy.decode_bf16", dtype=torch.bfloat16),
     _plain("F64", 28, "float", torch.float64),
     _plain("I8", 24, "integer", torch.int8),
     _plain("I16", 25, "integer", torch.int16),
@@ -99,15 +103,15 @@ FORMATS: tuple[Format, ...] = (
     _quantized("Q4_K", 12, 256, 144, "k-quant", "kquants"),
     _quantized("Q5_K", 13, 256, 176, "k-quant", "kquants"),
     _quantized("Q6_K", 14, 256, 210, "k-quant", "kquants"),
-    _quantized("IQ1_S", 19, 256, 50, "i-quant", "iquants"),
-    _quantized("IQ1_M", 29, 256, 56, "i-quant", "iquants"),
-    _quantized("IQ2_XXS", 16, 256, 66, "i-quant", "iquants"),
-    _quantized("IQ2_XS", 17, 256, 74, "i-quant", "iquants"),
-    _quantized("IQ2_S", 22, 256, 82, "i-quant", "iquants"),
-    _quantized("IQ3_XXS", 18, 256, 98, "i-quant", "iquants"),
-    _quantized("IQ3_S", 21, 256, 110, "i-quant", "iquants"),
-    _quantized("IQ4_NL", 20, 32, 18, "i-quant", "iquants"),
-    _quantized("IQ4_XS", 23, 256, 136, "i-quant", "iquants"),
+    _quantized("IQ1_S", 19, 256, 50, "i-quant", "iquants", "iq1s"),
+    _quantized("IQ1_M", 29, 256, 56, "i-quant", "iquants", "iq1s"),
+    _quantized("IQ2_XXS", 16, 256, 66, "i-quant", "iquants", "iq2xxs"),
+    _quantized("IQ2_XS", 17, 256, 74, "i-quant", "iquants", "iq2xs"),
+    _quantized("IQ2_S", 22, 256, 82, "i-quant", "iquants", "iq2s"),
+    _quantized("IQ3_XXS", 18, 256, 98, "i-quant", "iquants", "iq3xxs"),
+    _quantized("IQ3_S", 21, 256, 110, "i-quant", "iquants", "iq3s"),
+    _quantized("IQ4_NL", 20, 32, 18, "i-quant", "iquants", "iq4nl"),
+    _quantized("IQ4_XS", 23, 256, 136, "i-quant", "iquants", "iq4nl"),
     _quantized("TQ1_0", 34, 256, 54, "ternary", "ternary"),
     _quantized("TQ2_0", 35, 256, 66, "ternary", "ternary"),
     _quantized("MXFP4", 39, 32, 17, "microscaling", "microscaling"),

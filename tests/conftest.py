@@ -1,9 +1,12 @@
-"""Binds the checkout, whatever its folder is called, as the package `graft`."""
+"""Binds the checkout, whatever its folder is called, as the package `graft`; decides where Triton kernels run."""
 
 import os
 import sys
 import types
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,4 +23,15 @@ bind()
 sys.path.append(str(Path(__file__).parent))  # for `import oracle`: importlib mode leaves the path alone
 # pytest imports the root package of a conftest by its folder's name: give it one that does nothing
 sys.modules.setdefault(ROOT.name, types.ModuleType(ROOT.name))
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    # read when Triton is imported. With a GPU the same tests compile the kernels and run them there
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for."""
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and Triton not interpreted"))

@@ -1,0 +1,17 @@
+"""The Triton backend: decode functions per format, and the kernels that share them.
+
+    bits          what decode functions are made of: loads, expansion to numbers, signs
+    legacy ..     one decode function per format, by family
+    dequant       bytes to floats
+    matvec        one row of x
+    matmul        a few rows of x, on the tensor cores
+    plan          which of them, in which tiles: the tables
+    launch        launches, checks, warming
+
+Importing it imports Triton and compiles nothing; `kernels.dispatch` imports it on first use.
+"""
+
+from .launch import dequantize, matmul, matvec, unavailable, warm
+from .plan import choose
+
+__all__ = ["choose", "dequantize", "matmul", "matvec", "unavailable", "warm"]
