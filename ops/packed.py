@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..kernels import Format, dequantize
+from .gguf_file import GGUFTensor
 
 _aten = torch.ops.aten
 
@@ -41,9 +42,11 @@ class PackedTensor(torch.Tensor):
         shape: the logical shape.
         dtype: the float dtype to show, and to dequantize to where an operation asks for none.
         """
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, tuple(shape), dtype=dtype, device=packed.device, requires_grad=False
-        )
+        # a view made in inference mode of a tensor from outside of it has to be an ordinary tensor, too
+        with torch.inference_mode(False):
+            self = torch.Tensor._make_wrapper_subclass(
+                cls, tuple(shape), dtype=dtype, device=packed.device, requires_grad=False
+            )
         self.packed = packed.reshape(-1)
         self.fmt = fmt
         return self
@@ -78,7 +81,18 @@ class PackedTensor(torch.Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*_dequantized(args), **_dequantized(kwargs))
+        if any(isinstance(tensor, PackedTensor) for tensor in _written(func, args, kwargs)):
+            raise TypeError("packed weights are read-only: load them into a layer, or dequantize() them")
+        # in inference mode composite operations arrive whole: `to` is made of `_to_copy`, `chunk` of `split`
+        result = func.decompose(*args, **kwargs)
+        return func(*_dequantized(args), **_dequantized(kwargs)) if result is NotImplemented else result
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation writes to: ``self`` of ``add_``, ``out``."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            yield args[index] if index < len(args) else kwargs.get(argument.name)
 
 
 def _dequantized(value: Any) -> Any:
@@ -117,9 +131,8 @@ def _empty_like(tensor: PackedTensor, **kwargs: Any) -> torch.Tensor:
 
 
 def _copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
-    if isinstance(target, PackedTensor):
-        raise TypeError("packed weights are read-only: load them into a layer, or dequantize() them")
-    assert isinstance(source, PackedTensor)
+    if isinstance(target, PackedTensor) or not isinstance(source, PackedTensor):
+        return NotImplemented
     wanted = target.dtype if target.dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
     return _aten.copy_.default(target, source.dequantize(wanted), non_blocking)
 
@@ -137,11 +150,9 @@ def _slice(tensor: PackedTensor, dim: int = 0, start: int | None = None, end: in
 
 
 def _split_with_sizes(tensor: PackedTensor, sizes: Sequence[int], dim: int = 0) -> Any:
-    if dim % tensor.dim() != 0 or not tensor.rows_are_whole:
+    edges = list(itertools.accumulate(sizes, initial=0))
+    if dim % tensor.dim() != 0 or not tensor.rows_are_whole or edges[-1] != tensor.shape[0] or min(sizes) < 0:
         return NotImplemented
-    edges = [0]
-    for size in sizes:
-        edges.append(edges[-1] + size)
     return [_rows(tensor, a, b) for a, b in itertools.pairwise(edges)]
 
 
@@ -167,8 +178,9 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
 
 def _reshape(tensor: PackedTensor, shape: Sequence[int]) -> PackedTensor:
     """Blocks run along the flat order of the elements, so a reshape leaves the bytes as they are."""
-    known = math.prod(s for s in shape if s != -1)
-    return tensor.with_packed(tensor.packed, [tensor.numel() // known if s == -1 else s for s in shape])
+    # a tensor without memory works out the -1, or says what is wrong with the shape
+    wanted = torch.empty(tensor.shape, device="meta").reshape(*shape).shape
+    return tensor.with_packed(tensor.packed, wanted)
 
 
 def _unsqueeze(tensor: PackedTensor, dim: int) -> PackedTensor:
@@ -201,3 +213,11 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.squeeze.default: _squeeze,
     _aten.squeeze.dim: _squeeze,
 }
+
+
+def as_weight(tensor: GGUFTensor) -> torch.Tensor:
+    """A tensor of a file as a state dict holds it: packed, or as it is where torch has its type."""
+    if tensor.fmt.is_quantized:
+        return PackedTensor(tensor.data, tensor.fmt, tensor.shape)
+    assert tensor.fmt.dtype is not None
+    return tensor.data.view(tensor.fmt.dtype).reshape(tensor.shape)

@@ -1,0 +1,187 @@
+"""Graft and ComfyUI-GGUF in one ComfyUI process, in turn, on the same files: `make bench-comfy`.
+
+Flux blocks (1 double, 1 single) at 3072, 256 image and 128 text tokens, with 0, 1 and 4 LoRAs of ranks
+16/32/64/32 on every linear layer of the blocks, through the stock LoRA loader and ComfyUI's own sampler.
+Prints medians over the turns and their ratios, and each pack's peak memory in a process of its own.
+
+    COMFYUI_PATH     ComfyUI's folder (default ~/ComfyUI); COMFYUI_PYTHON its Python (default its venv's)
+    COMFYUI_GGUF     a checkout of city96/ComfyUI-GGUF (default ~/peers/ComfyUI-GGUF)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI").__str__().split(os.pathsep)[0])
+PEER = Path(os.environ.get("COMFYUI_GGUF", Path.home() / "peers" / "ComfyUI-GGUF"))
+RANKS = (16, 32, 64, 32)
+LORAS = (0, 1, 4)
+PACKS = ("graft", "peer")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16 (both packs) instead of the host's choice")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument("--memory", nargs=2, metavar=("PACK", "FILE"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def start_comfyui(bf16: bool) -> dict:
+    """Import ComfyUI on the CPU and load both packs through its own loader; returns their node classes."""
+    sys.path[:0] = [str(COMFYUI), str(ROOT / "tests"), str(ROOT / "tests" / "in_comfyui")]
+    sys.argv = ["main.py", "--cpu", *(["--bf16-unet"] if bf16 else [])]
+    os.chdir(COMFYUI)
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import nodes
+
+    for pack in (ROOT, PEER):
+        if not asyncio.run(nodes.load_custom_node(str(pack))):
+            raise SystemExit(f"ComfyUI could not load the pack in {pack}")
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+def write_files(folder: Path, types: list[str]) -> None:
+    from architectures import ARCHITECTURES, write_model
+
+    import folder_paths
+
+    for type_name in types:
+        write_model(ARCHITECTURES["flux"], type_name, folder / f"{type_name}.gguf")
+    paths, extensions = folder_paths.folder_names_and_paths["unet_gguf"]
+    folder_paths.folder_names_and_paths["unet_gguf"] = ([str(folder), *paths], extensions)
+
+
+def load(pack: str, path: Path, classes: dict):
+    """A MODEL as the pack's own loader node returns it."""
+    import folder_paths
+
+    paths, extensions = folder_paths.folder_names_and_paths["unet_gguf"]
+    if str(path.parent) not in paths:
+        folder_paths.folder_names_and_paths["unet_gguf"] = ([str(path.parent), *paths], extensions)
+    if pack == "graft":
+        return classes["GraftUNETLoader"]().load(path.name)["result"][0]
+    return classes["UnetLoaderGGUF"]().load_unet(path.name)[0]
+
+
+def grafted(model, count: int):
+    """The model with the first `count` LoRAs, through what the stock LoRA loader calls."""
+    from generation import with_lora
+    from loras import make_lora
+
+    shapes = {k: v.shape for k, v in flux_shapes().items()}
+    for seed, rank in enumerate(RANKS[:count]):
+        blocks = ("double_blocks.0", "single_blocks.0")
+        model = with_lora(model, make_lora(model.model, shapes, "native", blocks, rank, seed), 0.8)
+    return model
+
+
+def flux_shapes() -> dict:
+    from architectures import ARCHITECTURES
+
+    return {f"diffusion_model.{k}": v for k, v in ARCHITECTURES["flux"].build().state_dict().items()}
+
+
+def seconds_a_step(model, steps: int = 2) -> float:
+    """Median time of the sampler's later steps: the first also loads the model."""
+    import comfy.sample
+    import torch
+    from architectures import ARCHITECTURES
+
+    flux = ARCHITECTURES["flux"]
+    g = torch.Generator().manual_seed(0)
+    latent = torch.zeros(1, 16, 32, 32)
+    condition = [[torch.randn(1, 128, 4096, generator=g), {"pooled_output": torch.randn(1, flux.pooled, generator=g)}]]
+    times = [time.perf_counter()]
+    comfy.sample.sample(
+        model, torch.randn(latent.shape, generator=g), steps + 1, 1.0, "euler", "simple", condition, condition, latent,
+        disable_pbar=True, callback=lambda *_: times.append(time.perf_counter()),
+    )  # fmt: skip
+    return statistics.median(b - a for a, b in zip(times[1:-1], times[2:], strict=True))
+
+
+def measure(type_name: str, folder: Path, classes: dict, turns: int) -> list[dict]:
+    """Rows of one type: median seconds a step of both packs with 0, 1 and 4 LoRAs."""
+    bases = {pack: load(pack, folder / f"{type_name}.gguf", classes) for pack in PACKS}
+    rows = []
+    for count in LORAS:
+        models = {pack: grafted(bases[pack], count) for pack in PACKS}
+        times: dict[str, list[float]] = {pack: [] for pack in PACKS}
+        for _ in range(turns):
+            for pack in PACKS:
+                times[pack].append(seconds_a_step(models[pack]))
+        rows.append({"type": type_name, "loras": count, **{pack: statistics.median(t) for pack, t in times.items()}})
+        print(f"  {type_name} {count} LoRAs: " + ", ".join(f"{p} {[round(t, 2) for t in ts]}" for p, ts in times.items()))
+    return rows
+
+
+def peak_memory(pack: str, file: Path) -> float:
+    """Peak resident GiB of a process that loads the file with one pack and samples with four LoRAs."""
+    command = [sys.executable, __file__, "--memory", pack, str(file)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(ran.stdout.strip().splitlines()[-1])
+
+
+def table(rows: list[dict], memory: dict[tuple[str, str], float]) -> str:
+    lines = [
+        "| type | LoRAs | ComfyUI-GGUF, s a step | Graft, s a step | times its speed | cost of the LoRAs (theirs / ours) |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = {row["type"]: row for row in rows if row["loras"] == 0}
+    for row in rows:
+        cost = " / ".join(f"{row[p] / base[row['type']][p] - 1:+.0%}" for p in ("peer", "graft")) if row["loras"] else ""
+        lines.append(
+            f"| {row['type']} | {row['loras']} | {row['peer']:.2f} | {row['graft']:.2f} "
+            f"| {row['peer'] / row['graft']:.2f} | {cost} |"
+        )
+    lines += ["", "| type, four LoRAs | ComfyUI-GGUF, peak GiB | Graft, peak GiB |", "|---|---|---|"]
+    for type_name in base:
+        lines.append(f"| {type_name} | {memory['peer', type_name]:.2f} | {memory['graft', type_name]:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments()
+    classes = start_comfyui(options.bf16)
+    import torch
+
+    if options.memory:
+        pack, file = options.memory
+        seconds_a_step(grafted(load(pack, Path(file), classes), len(RANKS)), steps=1)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+        folder = Path(temporary)
+        write_files(folder, options.types)
+        rows = [row for type_name in options.types for row in measure(type_name, folder, classes, options.turns)]
+        memory = {(p, t): peak_memory(p, folder / f"{t}.gguf") for t in options.types for p in PACKS}
+    from importlib.metadata import version
+
+    import comfyui_version
+
+    header = (
+        f"ComfyUI {comfyui_version.__version__}, torch {version('torch')}, {torch.get_num_threads()} threads, "
+        f"{'bf16' if options.bf16 else 'fp32'} compute, medians of {options.turns} turns"
+    )
+    text = f"{header}\n\n{table(rows, memory)}"
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Loading a GGUF diffusion model: file, architecture, patcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import torch
+
+from .. import kernels
+from ..kernels import UnsupportedFormat
+from ..ops.gguf_file import GGUFFile, describe, diffusion_tensors, open_gguf
+from ..ops.layers import unpack_leftovers
+from ..ops.packed import as_weight
+from . import node
+from .ops import GraftOps
+from .patcher import Graft, GraftPatcher, adopt, make_savable
+
+log = logging.getLogger(__name__)
+
+FOLDER = "unet_gguf"
+"""The key under which packs for GGUF share their list of models; never replaced where one is there."""
+
+COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def register_folder() -> None:
+    """Let the host list ``.gguf`` files of its folders for diffusion models."""
+    known = folder_paths.folder_names_and_paths
+    paths, extensions = known.get(FOLDER, ([], set()))
+    for folder in known["diffusion_models"][0]:
+        if folder not in paths:
+            paths.append(folder)
+    known[FOLDER] = (paths, set(extensions) | {".gguf"})
+
+
+def load_diffusion_model(
+    path: str, compute_dtype: str = "auto", backend: str = "auto", disable_dynamic: bool = False
+) -> GraftPatcher:
+    """Load a GGUF diffusion model of any architecture that the host knows.
+
+    Args:
+        path: the file.
+        compute_dtype: ``auto`` (what the host chooses for the device), ``bf16``, ``fp16`` or ``fp32``.
+        backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
+        disable_dynamic: the host's wish for a patcher without dynamic VRAM.
+
+    Raises:
+        CorruptFile: the file is damaged or is no GGUF file.
+        UnsupportedFormat: the host does not know the architecture, or the file is not a diffusion model.
+        NoBackend: the backend cannot run here.
+    """
+    file = open_gguf(path)
+    state = {name: as_weight(tensor) for name, tensor in diffusion_tensors(file).items()}
+    device = comfy.model_management.get_torch_device()
+    choice = kernels.choose(torch.device(device), None, backend)
+    options: dict[str, Any] = {"custom_operations": GraftOps}
+    if COMPUTE_DTYPES[compute_dtype] is not None:
+        options["dtype"] = COMPUTE_DTYPES[compute_dtype]
+    patcher = _load_state_dict(state, options, disable_dynamic)
+    if patcher is None:
+        raise UnsupportedFormat(
+            f"this ComfyUI does not know the architecture of the file (it calls itself "
+            f"{file.architecture or 'nothing'}): update ComfyUI, {path}"
+        )
+    unpack_leftovers(patcher.model)
+    patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice))
+    for layer in patcher.model.graft.layers.values():
+        layer.backend = backend
+    make_savable(patcher.model)
+    patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype, backend))
+    return adopt(patcher)
+
+
+def _load_state_dict(state: Mapping[str, torch.Tensor], options: dict, disable_dynamic: bool) -> Any:
+    """The host's own loader, on which it decides about architecture, dtypes and the patcher's class."""
+    extra = {"disable_dynamic": True} if disable_dynamic else {}
+    return comfy.sd.load_diffusion_model_state_dict(dict(state), model_options=options, **extra)
+
+
+def _summary(file: GGUFFile, patcher: Any, choice: kernels.Choice) -> str:
+    """``Flux · 11.9B · Q4_K 228, Q6_K 76, F32 471 · 6.6 GB · triton``, with the host's name for the architecture."""
+    name = type(patcher.model.model_config).__name__
+    _, _, rest = describe(file).partition(" · ")
+    dtype = str(patcher.model.manual_cast_dtype or patcher.model.get_dtype()).removeprefix("torch.")
+    return f"{name} · {rest} · {dtype} · {choice}"
+
+
+class GraftUNETLoader:
+    """Load Diffusion Model (GGUF, Graft)."""
+
+    DESCRIPTION = (
+        "Loads a GGUF diffusion model. LoRAs from any LoRA node run beside the quantized weights: "
+        "exact, at full speed, and the file's bytes stay as they are."
+    )
+    SEARCH_ALIASES = ["gguf", "unet loader gguf", "load gguf", "quantized model", "q4", "q8"]  # noqa: RUF012
+    CATEGORY = node.CATEGORY
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("The model; every LoRA and sampling node takes it.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "unet_name": (
+                    folder_paths.get_filename_list(FOLDER),
+                    {"tooltip": "A .gguf file in models/diffusion_models or models/unet."},
+                ),
+            },
+            "optional": {
+                "compute_dtype": (
+                    list(COMPUTE_DTYPES),
+                    {"default": "auto", "tooltip": "Precision of the computation; auto takes what ComfyUI chooses."},
+                ),
+                "backend": (
+                    list(kernels.BACKENDS),
+                    {"default": "auto", "tooltip": "What decodes the weights; auto takes the fastest that runs here."},
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, unet_name: str, **_: Any) -> Any:
+        return node.file_state(folder_paths.get_full_path(FOLDER, unet_name))
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, unet_name: str) -> bool | str:
+        if folder_paths.get_full_path(FOLDER, unet_name) is None:
+            return f"{unet_name} is not there any more: put it into models/diffusion_models, or choose another file"
+        return True
+
+    def load(
+        self, unet_name: str, compute_dtype: str = "auto", backend: str = "auto", unique_id: str | None = None
+    ) -> dict:
+        path = folder_paths.get_full_path_or_raise(FOLDER, unet_name)
+        patcher = load_diffusion_model(path, compute_dtype, backend)
+        log.info("%s: %s", os.path.basename(path), patcher.graft.summary)
+        return node.result((patcher,), patcher.graft.summary, unique_id)

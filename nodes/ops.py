@@ -1,0 +1,106 @@
+"""ComfyUI's layer classes, holding packed weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import nn
+
+from ..kernels import GraftError
+from ..ops.layers import ConvMath, EmbeddingMath, LinearMath, PackedLayer
+
+# since 0.3.68 the host hands out a handle with a weight, and wants it back for its asynchronous offload
+_OFFLOADABLE = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
+_interruption_point: Callable[[], None] = getattr(comfy.ops, "run_every_op", lambda: None)
+
+
+class HostLayer(PackedLayer):
+    """Brings weights in through `cast_bias_weight`, so that the host's pinning, offload and dynamic VRAM carry them."""
+
+    comfy_cast_weights = True
+    weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # on the meta device: a real allocation of the full weight would double memory while loading
+        device = kwargs.pop("device", None)
+        super().__init__(*args, device="meta", **kwargs)
+        self.logical_shape = self.weight.shape
+        self.weight = None
+        if getattr(self, "bias", None) is not None:
+            dtype = self.bias.dtype
+            self.bias = nn.Parameter(torch.zeros(self.bias.shape, dtype=dtype, device=device), requires_grad=False)
+
+    def fetch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Callable[[], None]]:
+        _interruption_point()
+        if self.weight is None:
+            raise GraftError(
+                f"the file brought no weight for a {type(self).__name__} of shape {list(self.logical_shape)}: "
+                "it is incomplete for this architecture, get it from another source"
+            )
+        # the host's weight functions are meant for weights, not for their packed bytes
+        functions, self.weight_function = self.weight_function, []
+        try:
+            dtypes = {"dtype": self.weight.dtype, "bias_dtype": None if self.bias is None else self.bias.dtype}
+            if _OFFLOADABLE:
+                data, bias, handle = comfy.ops.cast_bias_weight(self, device=x.device, offloadable=True, **dtypes)
+            else:
+                data, bias = comfy.ops.cast_bias_weight(self, device=x.device, **dtypes)
+        finally:
+            self.weight_function = functions
+        if functions:
+            dense = self.dequantized(data)
+            for function in functions:
+                dense = function(dense)
+            return dense, bias, _release(self, data, bias, handle) if _OFFLOADABLE else _nothing
+        return data, bias, _release(self, data, bias, handle) if _OFFLOADABLE else _nothing
+
+    def set_weight(self, weight: torch.Tensor, **kwargs: Any) -> None:
+        """Where the host would write a patched weight: a packed one is never written to."""
+        raise GraftError(
+            "a patch reached a GGUF weight past Graft's model patcher, and packed weights are never written to: "
+            "apply the patch to the MODEL that the loader returns"
+        )
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
+        """Where the host reads the weight for a merge: the weights themselves (bytes may arrive as numbers)."""
+        if tuple(weight.shape) == tuple(self.logical_shape):
+            return weight
+        return self.dequantized(weight.to(self.weight.dtype))
+
+
+def _release(layer: nn.Module, data: torch.Tensor, bias: torch.Tensor | None, handle: Any) -> Callable[[], None]:
+    return lambda: comfy.ops.uncast_bias_weight(layer, data, bias, handle)
+
+
+def _nothing() -> None:
+    """This host wants nothing back."""
+
+
+class GraftOps(comfy.ops.manual_cast):
+    """What a model is built from instead of `comfy.ops.manual_cast`."""
+
+    class Linear(HostLayer, LinearMath, comfy.ops.manual_cast.Linear):
+        pass
+
+    class Conv1d(HostLayer, ConvMath, comfy.ops.manual_cast.Conv1d):
+        pass
+
+    class Conv2d(HostLayer, ConvMath, comfy.ops.manual_cast.Conv2d):
+        pass
+
+    class Conv3d(HostLayer, ConvMath, comfy.ops.manual_cast.Conv3d):
+        def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            # newer hosts take a further argument (autopad) that only their VAEs use
+            return nn.Conv3d._conv_forward(self, x, weight, bias)
+
+    class Embedding(HostLayer, EmbeddingMath, comfy.ops.manual_cast.Embedding):
+        bias = None
+
+    @classmethod
+    def conv_nd(cls, dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+        """A convolution over `dims` dimensions; the host's own would build its own classes."""
+        return {1: cls.Conv1d, 2: cls.Conv2d, 3: cls.Conv3d}[dims](*args, **kwargs)

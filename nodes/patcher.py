@@ -1,0 +1,317 @@
+"""The model patcher: where every LoRA node in the world arrives.
+
+A Graft MODEL is a `ModelPatcher` of the class that the host made, with `GraftPatcher` mixed in. Patches
+of packed layers become residuals; all others stay the host's. `patches` and `patches_uuid` are left
+alone, so the host neither patches nor reloads the model for a LoRA.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..kernels import AdapterError
+from ..ops.adapters import Patch, Region, from_host
+from ..ops.layers import PackedLayer, packed_layers
+from ..ops.packed import PackedTensor
+from ..ops.residual import FactorCache, ResidualStack
+
+log = logging.getLogger(__name__)
+
+KEY = "graft"
+"""Under which our wrapper stands with the host."""
+
+
+class Graft:
+    """What all clones of one loaded model share: its layers and the factors that are in memory.
+
+    Attributes:
+        layers: every Graft layer by path, e.g. ``diffusion_model.double_blocks.0.img_attn.qkv``.
+        sources: the memory-mapped data of each layer, to go back to when the model leaves the GPU.
+        summary: one line on the file, for reports.
+    """
+
+    def __init__(self, model: torch.nn.Module, summary: str = "") -> None:
+        self.layers: dict[str, PackedLayer] = packed_layers(model)
+        self.sources = {name: layer.weight.data for name, layer in self.layers.items() if layer.weight is not None}
+        self.factors = FactorCache()
+        self.summary = summary
+        self.saver: Callable[[], GraftPatcher | None] = lambda: None
+
+    def layer_of(self, key: str) -> PackedLayer | None:
+        """The layer that parameter `key` belongs to, if it is one of ours."""
+        path, _, parameter = key.rpartition(".")
+        return self.layers.get(path) if parameter in ("weight", "bias") else None
+
+    def return_to_file(self) -> None:
+        """Let go of copies that a device holds and show the memory map again: nothing is copied back."""
+        for name, source in self.sources.items():
+            layer = self.layers[name]
+            if layer.weight.device != source.device:
+                layer.weight = torch.nn.Parameter(source, requires_grad=False)
+
+
+class GraftPatcher(comfy.model_patcher.ModelPatcher):
+    """Mixed into the host's patcher class by `adopt`; never instantiated by itself."""
+
+    residuals: ResidualStack
+    hook_residuals: dict[Any, ResidualStack]
+    rejected: dict[str, str]
+    hooked: tuple[tuple, ResidualStack] | None = None
+
+    @property
+    def graft(self) -> Graft:
+        """On the model and not on the patcher: a host may clone a patcher onto another copy of the model."""
+        return self.model.graft
+
+    def clone(self, *args: Any, **kwargs: Any) -> GraftPatcher:
+        return adopt(super().clone(*args, **kwargs), self)
+
+    def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+        """Take patches of packed layers as residuals, and hand the host the others.
+
+        Returns:
+            the keys that were taken, as the host's own method does; what it misses, nodes report.
+        """
+        ours, theirs = self._sort(patches)
+        taken = super().add_patches(theirs, strength_patch, strength_model) if theirs else []
+        return taken + self._add(self.residuals, ours, strength_patch, strength_model)
+
+    def add_hook_patches(
+        self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list:
+        """The same for scheduled and masked LoRAs; a hook's strength is applied when it is active."""
+        ours, theirs = self._sort(patches)
+        taken = super().add_hook_patches(hook, theirs, strength_patch, strength_model)
+        stack = self.hook_residuals.setdefault(hook.hook_ref, ResidualStack(merge=self.residuals.merge))
+        return taken + self._add(stack, ours, strength_patch, strength_model)
+
+    def _sort(self, patches: Mapping) -> tuple[dict, dict]:
+        ours: dict = {}
+        theirs: dict = {}
+        for key, value in patches.items():
+            name = key if isinstance(key, str) else key[0]
+            (theirs if self.graft.layer_of(name) is None else ours)[key] = value
+        return ours, theirs
+
+    def _add(self, stack: ResidualStack, patches: Mapping, strength: float, strength_model: float) -> list:
+        taken = []
+        for key, value in patches.items():
+            name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
+            region = None if offset is None else Region(*offset)
+            layer = self.graft.layer_of(name)
+            assert layer is not None
+            shape = layer.logical_shape if name.endswith(".weight") else layer.logical_shape[:1]
+            try:
+                adapter = from_host(value, shape, region, function)
+            except AdapterError as error:
+                self.rejected[name] = str(error)
+                log.warning("%s: %s", name, error)
+                continue
+            origin = (strength, value, strength_model, offset, function)
+            stack.add(name, Patch(strength, adapter, strength_model, region, None, origin))
+            taken.append(key)
+        return taken
+
+    def get_additional_models(self) -> list:
+        """The host loads these beside the model: the factors, so that it moves and counts their memory."""
+        models = super().get_additional_models()
+        stacks = [s for s in (self.residuals, *self.hook_residuals.values()) if s]
+        return models + [self._factors_of(stack) for stack in stacks]
+
+    def _factors_of(self, stack: ResidualStack) -> comfy.model_patcher.ModelPatcher:
+        module = stack.build(self.graft.layers, self.graft.factors, self._compute_dtype())
+        patcher = getattr(module, "patcher", None)
+        if patcher is None:
+            patcher = comfy.model_patcher.ModelPatcher(module, self.load_device, self.offload_device)
+            module.patcher = patcher
+        return patcher
+
+    def _compute_dtype(self) -> torch.dtype:
+        return getattr(self.model, "manual_cast_dtype", None) or self.model.get_dtype()
+
+    def active_stack(self) -> ResidualStack:
+        """The residuals of this branch, with those of the hooks that the host has switched on."""
+        hooks = self.current_hooks
+        active = [h for h in hooks.hooks if h.hook_ref in self.hook_residuals] if hooks is not None else []
+        if not active:
+            return self.residuals
+        state = tuple((h.hook_ref, h.strength) for h in active)
+        if self.hooked is None or self.hooked[0] != state:
+            combined = self.residuals.copy()
+            for hook in active:
+                for key, patches in self.hook_residuals[hook.hook_ref].patches.items():
+                    for patch in patches:
+                        combined.add(key, replace(patch, strength=patch.strength * hook.strength))
+            self.hooked = (state, combined)
+        return self.hooked[1]
+
+    def restore_hook_patches(self) -> None:
+        """After sampling the host forgets the hooks that it registered for it; so do we."""
+        super().restore_hook_patches()
+        self.hook_residuals = {ref: s for ref, s in self.hook_residuals.items() if ref in self.hook_patches}
+        self.hooked = None
+
+    @contextmanager
+    def grafted(self, device: torch.device) -> Iterator[None]:
+        """Run the model with this branch's adapters on `device`."""
+        stack = self.active_stack()
+        if not stack:
+            yield
+            return
+        stack.build(self.graft.layers, self.graft.factors, self._compute_dtype())
+        with stack.active(self.graft.layers, device):
+            yield
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> Any:
+        self.graft.saver = weakref.ref(self)
+        return super().partially_load(*args, **kwargs)
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights and device_to is not None and comfy.model_management.is_device_cpu(device_to):
+            self.graft.return_to_file()
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict:
+        """What merge nodes read: weights that look and behave like weights, with the residuals behind them."""
+        found = super().get_key_patches(filter_prefix)
+        for key in found:
+            layer = self.graft.layer_of(key)
+            if layer is not None:
+                weight = layer.packed_weight() if key.endswith(".weight") else layer.bias
+                found[key] = [(weight, _as_it_is), *self._origins(key)]
+        return found
+
+    def _origins(self, key: str) -> list[tuple]:
+        return [p.origin for p in self.residuals.patches.get(key, ()) if p.origin is not None]
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict:
+        state = super().model_state_dict(filter_prefix)
+        return {key: self._shown(key, value) for key, value in state.items()}
+
+    def _shown(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        layer = self.graft.layer_of(key)
+        return value if layer is None or not key.endswith(".weight") else layer.packed_weight()
+
+    def merged_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+        """The diffusion model's weights, decoded and with the residuals merged in, for a file of its own.
+
+        Returns:
+            tensors by their names in ``diffusion_model``; packed ones in `dtype`, others as they are.
+        """
+        prefix = "diffusion_model."
+        state = self.model.diffusion_model.state_dict()
+        for name, value in state.items():
+            key, layer = prefix + name, self.graft.layer_of(prefix + name)
+            if layer is None or value is None:
+                continue
+            patches = self.residuals.patches.get(key, ())
+            decoded = name.endswith(".weight") and layer.fmt is not None and layer.fmt.is_quantized
+            if not patches and not decoded:
+                continue
+            weight = layer.dequantized() if name.endswith(".weight") else value.float()
+            merged = merge(self, patches, weight.clone(), key) if patches else weight
+            state[name] = merged.to(dtype if decoded else value.dtype)
+        return state
+
+    def state_dict_for_saving(
+        self, clip_state_dict: Any = None, vae_state_dict: Any = None, clip_vision_state_dict: Any = None
+    ) -> dict:
+        """What newer hosts ask the patcher for when they save."""
+        return self.model.state_dict_for_saving(
+            self.merged_state_dict(), clip_state_dict, vae_state_dict, clip_vision_state_dict
+        )
+
+
+def _as_it_is(weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return weight
+
+
+def merge(patcher: GraftPatcher, patches: Sequence[Patch], weight: torch.Tensor, key: str) -> torch.Tensor:
+    """The host's own merge of `patches` into an fp32 `weight` that may be written to."""
+    layer = patcher.graft.layer_of(key)
+    original = layer.packed_weight() if layer is not None and key.endswith(".weight") else weight.clone()
+    scaled = [(p.strength, *p.origin[1:]) for p in patches if p.origin is not None]
+    return comfy.lora.calculate_weight(
+        scaled, weight, key, intermediate_dtype=torch.float32, original_weights={key: [(original, _as_it_is)]}
+    )
+
+
+@functools.cache
+def _class_for(base: type) -> type[GraftPatcher]:
+    return type("Graft" + base.__name__, (GraftPatcher, base), {})
+
+
+def adopt(patcher: comfy.model_patcher.ModelPatcher, parent: GraftPatcher | None = None) -> GraftPatcher:
+    """Make a patcher of the host's a Graft patcher, with the residuals of the one that it was cloned from."""
+    if not isinstance(patcher, GraftPatcher):
+        patcher.__class__ = _class_for(type(patcher))
+    if parent is None:
+        patcher.residuals, patcher.hook_residuals, patcher.rejected = ResidualStack(), {}, {}
+    else:
+        patcher.residuals = parent.residuals.copy()
+        patcher.hook_residuals = {ref: stack.copy() for ref, stack in parent.hook_residuals.items()}
+        patcher.rejected = dict(parent.rejected)
+    # both point back at their own patcher, so they are bound anew for every clone
+    reference = weakref.ref(patcher)
+    patcher.residuals.merge = _merge_of(reference)
+    for stack in patcher.hook_residuals.values():
+        stack.merge = patcher.residuals.merge
+    patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model_with(reference))
+    return patcher
+
+
+def _merge_of(reference: Callable[[], GraftPatcher | None]) -> Callable:
+    def merge_of_patcher(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> torch.Tensor:
+        patcher = reference()
+        assert patcher is not None
+        return merge(patcher, patches, weight, key)
+
+    return merge_of_patcher
+
+
+def _apply_model_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
+    def apply_model_grafted(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        patcher = reference()
+        assert patcher is not None
+        with patcher.grafted(x.device):
+            return executor(x, *args, **kwargs)
+
+    return apply_model_grafted
+
+
+def make_savable(model: torch.nn.Module) -> None:
+    """Let hosts that ask the model itself for its state dict (up to 0.3.x) save weights, not bytes."""
+    original = model.state_dict_for_saving
+    if "unet_state_dict" in inspect.signature(original).parameters:
+        return  # a newer host asks the patcher
+
+    def state_dict_for_saving(self: torch.nn.Module, *args: Any, **kwargs: Any) -> dict:
+        patcher = self.graft.saver()
+        if patcher is None:
+            return original(*args, **kwargs)
+        merged = patcher.merged_state_dict()
+        self.diffusion_model.state_dict = lambda *a, **k: merged
+        try:
+            return original(*args, **kwargs)
+        finally:
+            del self.diffusion_model.state_dict
+
+    model.state_dict_for_saving = types.MethodType(state_dict_for_saving, model)
+
+
+__all__ = ["Graft", "GraftPatcher", "PackedTensor", "adopt", "make_savable"]

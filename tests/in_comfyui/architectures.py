@@ -1,0 +1,117 @@
+"""Small models of the architectures that ComfyUI knows: shapes from its own classes, seeded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.ldm.flux.model
+import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.ldm.wan.model
+import comfy.ops
+import gguf
+import numpy as np
+import torch
+from comfy.ldm.flux.model import FluxParams
+from gguf_samples import encode
+
+META = {"operations": comfy.ops.disable_weight_init, "device": "meta", "dtype": torch.float32}
+ROWS_QUANTIZED = 64
+"""Rows of a weight that are really quantized; the others repeat them in another order, which is quick."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture, the latent it samples and the conditioning it needs."""
+
+    name: str
+    build: Callable[[], torch.nn.Module]
+    latent: tuple[int, ...]
+    context: tuple[int, int]
+    pooled: int | None
+    lora_layers: tuple[str, ...]
+
+    def conditioning(self, seed: int = 1) -> list:
+        g = torch.Generator().manual_seed(seed)
+        extra = {} if self.pooled is None else {"pooled_output": torch.randn(1, self.pooled, generator=g)}
+        return [[torch.randn(1, *self.context, generator=g), extra]]
+
+
+def _flux() -> torch.nn.Module:
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
+    return comfy.ldm.flux.model.Flux(
+        in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
+        mlp_ratio=4.0, num_heads=24, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000,
+        qkv_bias=True, guidance_embed=True, **newer, **META,
+    )  # fmt: skip
+
+
+def _sd3() -> torch.nn.Module:
+    return comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper(
+        input_size=None, pos_embed_scaling_factor=None, pos_embed_max_size=32, num_patches=1024, in_channels=16,
+        patch_size=2, depth=4, adm_in_channels=2048,
+        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 256}},
+        **META,
+    )  # fmt: skip
+
+
+def _wan() -> torch.nn.Module:
+    return comfy.ldm.wan.model.WanModel(
+        model_type="t2v", patch_size=(1, 2, 2), in_dim=16, dim=256, ffn_dim=1024, freq_dim=256, text_dim=4096,
+        out_dim=16, num_heads=2, num_layers=2, window_size=(-1, -1), qk_norm=True, cross_attn_norm=True, eps=1e-6,
+        **META,
+    )  # fmt: skip
+
+
+def _sd15() -> torch.nn.Module:
+    return comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1, num_heads=8,
+        use_spatial_transformer=True, context_dim=768, use_checkpoint=False, legacy=False, **META,
+    )  # fmt: skip
+
+
+ARCHITECTURES = {
+    a.name: a
+    for a in (
+        Architecture("flux", _flux, (1, 16, 16, 16), (24, 4096), 768, ("double_blocks.0.img_attn", "single_blocks.0.linear1")),
+        Architecture("sd3", _sd3, (1, 16, 16, 16), (20, 4096), 2048, ("joint_blocks.0", "joint_blocks.2")),
+        Architecture("wan", _wan, (1, 16, 3, 8, 8), (20, 4096), None, ("blocks.0", "blocks.1")),
+        Architecture("sd15", _sd15, (1, 4, 8, 8), (20, 768), None, ("input_blocks.1", "middle_block.1", "output_blocks.2")),
+    )
+}
+
+
+def write_model(architecture: Architecture, type_name: str, path: Path, seed: int = 0) -> Path:
+    """Write a GGUF file of seeded weights, the way converters do: big weights in `type_name`, small ones as F16 and F32.
+
+    Convolutions are folded into rows of 256 with their true shape in the metadata.
+    """
+    writer = gguf.GGUFWriter(str(path), architecture.name)
+    rng = np.random.default_rng(seed)
+    qtype = gguf.GGMLQuantizationType[type_name]
+    block = gguf.GGML_QUANT_SIZES[qtype][0]
+    for name, tensor in architecture.build().state_dict().items():
+        shape = tuple(tensor.shape)
+        fan_in = max(1, int(np.prod(shape[1:])))
+        if len(shape) < 2:
+            values = 1 + 0.1 * rng.standard_normal(shape) if name.endswith(("scale", "weight")) else 0.05 * rng.standard_normal(shape)
+            writer.add_tensor(name, values.astype(np.float32))
+        elif len(shape) in (2, 4) and tensor.numel() >= 1 << 14 and tensor.numel() % max(block, 256) == 0 and "embed" not in name:
+            rows, columns = (shape[0], shape[1]) if len(shape) == 2 and shape[1] % block == 0 else (tensor.numel() // 256, 256)
+            some = rng.standard_normal((min(rows, ROWS_QUANTIZED), columns), dtype=np.float32) / np.sqrt(fan_in)
+            packed = encode(some, qtype)[rng.integers(0, len(some), rows)]
+            writer.add_tensor(name, packed, raw_dtype=qtype)
+            if (rows, columns) != shape:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
+        else:
+            values = rng.standard_normal(shape, dtype=np.float32) / np.sqrt(fan_in)
+            wide = tensor.numel() < 1 << 14 or len(shape) > 4
+            writer.add_tensor(name, values.astype(np.float32 if wide else np.float16).reshape(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,57 @@
+"""Loading and sampling through ComfyUI's own functions, for the comparison of two models."""
+
+from __future__ import annotations
+
+import hashlib
+
+import comfy.model_management
+import comfy.sd
+import nodes
+import torch
+from architectures import Architecture
+
+
+def dense_model(pack, path):
+    """ComfyUI's own model on the dequantized weights, computing in fp32."""
+    reader, packed = pack("ops.gguf_file"), pack("ops.packed")
+    state = {}
+    for name, tensor in reader.diffusion_tensors(reader.open_gguf(path)).items():
+        weight = packed.as_weight(tensor)
+        state[name] = weight.dequantize(torch.float32) if isinstance(weight, packed.PackedTensor) else weight.float()
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
+
+
+def sample(model, architecture: Architecture, steps: int = 1, cfg: float = 1.0, seed: int = 3) -> torch.Tensor:
+    """A latent from ComfyUI's own KSampler."""
+    latent = {"samples": torch.zeros(architecture.latent)}
+    positive, negative = architecture.conditioning(1), architecture.conditioning(2)
+    return nodes.common_ksampler(model, seed, steps, cfg, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+
+def with_lora(model, lora: dict[str, torch.Tensor], strength: float = 1.0):
+    """What the stock LoRA nodes do, without the file."""
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    """‖got − want‖ / ‖want‖ in fp64."""
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm())
+
+
+def fingerprint(model) -> str:
+    """SHA-256 of every parameter of a Graft model's layers, names included."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(model.graft.layers.items()):
+        for parameter in ("weight", "bias"):
+            tensor = getattr(layer, parameter)
+            if tensor is not None:
+                digest.update(f"{name}.{parameter}".encode())
+                digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def forget(*models) -> None:
+    """Give the memory of these models back before the next ones are loaded."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.cleanup_models_gc()
