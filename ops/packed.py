@@ -20,6 +20,8 @@ from .gguf_file import GGUFTensor
 
 _aten = torch.ops.aten
 
+_READ_ONLY = "packed weights are read-only: load them into a layer, or dequantize() them"
+
 
 class PackedTensor(torch.Tensor):
     """Packed bytes that look like a float tensor.
@@ -64,7 +66,7 @@ class PackedTensor(torch.Tensor):
         """The same format around other bytes."""
         return PackedTensor(packed, self.fmt, self.shape if shape is None else shape, self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PackedTensor({self.fmt.name}, {list(self.shape)}, {self.dtype}, {self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -73,8 +75,11 @@ class PackedTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict) -> PackedTensor:
         return self.with_packed(self.packed.clone())
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError(_READ_ONLY)
+
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None:
@@ -82,10 +87,14 @@ class PackedTensor(torch.Tensor):
             if result is not NotImplemented:
                 return result
         if any(isinstance(tensor, PackedTensor) for tensor in _written(func, args, kwargs)):
-            raise TypeError("packed weights are read-only: load them into a layer, or dequantize() them")
+            raise TypeError(_READ_ONLY)
         # in inference mode composite operations arrive whole: `to` is made of `_to_copy`, `chunk` of `split`
         result = func.decompose(*args, **kwargs)
-        return func(*_dequantized(args), **_dequantized(kwargs)) if result is NotImplemented else result
+        if result is not NotImplemented:
+            return result
+        # torch notes what a view was made from, which it cannot do on a tensor made in inference mode
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not func.is_view):
+            return func(*_dequantized(args), **_dequantized(kwargs))
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -127,7 +136,8 @@ def _to_copy(tensor: PackedTensor, **kwargs: Any) -> torch.Tensor:
 
 def _empty_like(tensor: PackedTensor, **kwargs: Any) -> torch.Tensor:
     """Room for the weights, not for the bytes."""
-    return torch.empty(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype, device=kwargs.get("device") or tensor.device)
+    dtype, device = kwargs.get("dtype") or tensor.dtype, kwargs.get("device") or tensor.device
+    return torch.empty(tensor.shape, dtype=dtype, device=device)
 
 
 def _copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
@@ -189,9 +199,10 @@ def _unsqueeze(tensor: PackedTensor, dim: int) -> PackedTensor:
     return _reshape(tensor, shape)
 
 
-def _squeeze(tensor: PackedTensor, dim: int | None = None) -> PackedTensor:
-    kept = [n for i, n in enumerate(tensor.shape) if n != 1 or (dim is not None and i != dim % tensor.dim())]
-    return _reshape(tensor, kept)
+def _squeeze(tensor: PackedTensor, dims: int | Sequence[int] | None = None) -> PackedTensor:
+    chosen = range(tensor.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    dropped = {dim % tensor.dim() for dim in chosen}
+    return _reshape(tensor, [n for dim, n in enumerate(tensor.shape) if n != 1 or dim not in dropped])
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -212,6 +223,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.unsqueeze.default: _unsqueeze,
     _aten.squeeze.default: _squeeze,
     _aten.squeeze.dim: _squeeze,
+    _aten.squeeze.dims: _squeeze,
 }
 
 
