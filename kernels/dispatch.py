@@ -110,6 +110,8 @@ def dequantize(
         assert fmt.dtype is not None
         return data.reshape(-1).view(fmt.dtype).reshape(shape).to(dtype)
     chosen = backends.choose(data.device, fmt, backend).name
+    if not count:
+        return torch.empty(shape, dtype=dtype, device=data.device)
     # whole rows where they end with a block, else one row of everything
     columns = shape[-1] if len(shape) and shape[-1] % fmt.block_size == 0 else count
     out = torch.empty(count // columns, columns, dtype=dtype, device=data.device)

@@ -1,0 +1,481 @@
+"""dequantize, linear, embedding: every backend the same bits, in chunks and whole, beside low-rank terms."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from graft.kernels import (
+    FORMATS,
+    CorruptFile,
+    LowRank,
+    NoBackend,
+    UnsupportedFormat,
+    backends,
+    by_name,
+    cpu,
+    decoded_rows,
+    dequantize,
+    embedding,
+    linear,
+    scratch,
+)  # fmt: skip
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+every_type = pytest.mark.parametrize("fmt", oracle.QUANTIZED, ids=str)
+some_types = pytest.mark.parametrize("fmt", [by_name(n) for n in ("Q8_0", "Q4_K", "IQ3_S", "NVFP4")], ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+host_backends = pytest.mark.parametrize("backend", ["torch", "cpu"])
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that is handed out holds NaN: what nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 3 * 512 * 4, 1 << 30], ids=["one row", "few rows", "whole"])
+def budget(request, monkeypatch):
+    """How many bytes of weights pass through the scratch at a time."""
+    scratch.release()
+    monkeypatch.setattr(scratch, "CPU_BYTES", request.param)
+    yield request.param
+    scratch.release()
+
+
+def rows_of(fmt, rows, columns, seed=0):
+    """Packed rows uint8 [rows, row_bytes], and their weights in fp32."""
+    data = oracle.random_blocks(fmt, rows * columns // fmt.block_size, seed).reshape(rows, -1)
+    return data, oracle.oracle(data, fmt)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(got, x, weight, extra=0.0, extra_size=0.0):
+    """Hold ``got [M, N]`` to ``x · weightᵀ + extra`` in fp64, within what rounding can do.
+
+    Each product sum of K terms in fp32 errs by at most K · 2⁻²⁴ of the sum of its magnitudes; a result in a narrower
+    dtype is rounded to it once for the product, and once for each of the (at most two) terms that are added behind.
+
+    Args:
+        extra: what is added beside the product, in fp64.
+        extra_size: the sum of the magnitudes in it.
+    """
+    x, weight = x.double(), weight.double()
+    want = x @ weight.t() + extra
+    size = x.abs() @ weight.abs().t() + extra_size
+    unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[got.dtype]
+    bound = (weight.shape[1] + 8) * 2.0**-24 * size + 4 * unit * (want.abs() + extra_size)
+    assert got.isfinite().all()
+    error = (got.double() - want).abs()
+    assert (error <= bound).all(), f"off by {(error / bound).max():.2f} times what rounding can do"
+
+
+# dequantize
+
+
+@every_type
+@every_dtype
+@host_backends
+def test_backends_agree_with_gguf_on_every_bit(fmt, dtype, backend):
+    data, weights = rows_of(fmt, 7, 512)
+    got = dequantize(data, fmt, (7, 512), dtype, backend)
+    assert got.dtype == dtype and got.is_contiguous()
+    if dtype == torch.float32:
+        assert oracle.same_bits(got, weights)
+    else:
+        assert torch.equal(got.view(torch.int16), weights.to(dtype).view(torch.int16))
+
+
+@some_types
+@every_dtype
+@host_backends
+def test_chunks_change_no_bit(fmt, dtype, backend, budget):
+    data, weights = rows_of(fmt, 11, 512)
+    assert torch.equal(dequantize(data, fmt, (11, 512), dtype, backend), weights.to(dtype))
+
+
+@some_types
+@host_backends
+@pytest.mark.parametrize(
+    "shape", [(512,), (1, 256), (4, 3, 64), (2, 2, 3, 64), (8, 96), (1, 1, 256), (3, 1280), (0, 256), (256, 1), (2, 0)]
+)
+def test_any_shape(fmt, backend, shape, budget):
+    """Also rows that end inside a block, as converters write tensors that they had to fold; and no rows at all."""
+    count = torch.Size(shape).numel()
+    data = oracle.random_blocks(fmt, count // fmt.block_size)
+    want = oracle.oracle(data, fmt).reshape(shape) if count else torch.empty(shape)
+    assert oracle.same_bits(dequantize(data, fmt, shape, backend=backend), want)
+
+
+@some_types
+@host_backends
+def test_bytes_may_lie_anywhere(fmt, backend):
+    data, weights = rows_of(fmt, 6, 512)
+    shifted = torch.empty(data.numel() + 1, dtype=torch.uint8)[1:].copy_(data.flatten())
+    gaps = torch.full((6, data.shape[1] + 5), 255, dtype=torch.uint8)
+    gaps[:, 2:-3] = data
+    for place in (shifted, shifted.view_as(data), gaps[:, 2:-3], data.t().contiguous().t()):
+        assert torch.equal(dequantize(place, fmt, (6, 512), backend=backend), weights)
+    assert torch.equal(dequantize(gaps[1:3, 2:-3], fmt, (2, 512), backend=backend), weights[1:3])
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.dtype], ids=str)
+@every_dtype
+def test_plain_types_are_cast(fmt, dtype):
+    numbers = torch.tensor([[1, -2, 3], [4, 100, -6]]).to(fmt.dtype)
+    for data in (numbers, numbers.view(torch.uint8), numbers.view(torch.uint8).flatten()):
+        got = dequantize(data, fmt.name, (3, 2), dtype)
+        assert torch.equal(got, numbers.to(dtype).view(3, 2))
+
+
+@every_type
+@host_backends
+def test_bytes_are_only_read(fmt, backend):
+    data, _ = rows_of(fmt, 5, 512)
+    before = hashlib.sha256(data.numpy()).digest()
+    dequantize(data, fmt, (5, 512), torch.float16, backend).fill_(1)
+    linear(normal(2, 512), data, fmt, backend=backend)
+    embedding(torch.tensor([1, 2]), data, fmt, (5, 512), torch.float32, backend).fill_(1)
+    assert hashlib.sha256(data.numpy()).digest() == before
+
+
+def test_wrong_sizes_are_named():
+    data, _ = rows_of(by_name("Q4_K"), 4, 256)
+    with pytest.raises(CorruptFile, match=r"^\(5, 256\) weights of Q4_K take 720 bytes, but there are 576"):
+        dequantize(data, "Q4_K", (5, 256))
+    with pytest.raises(CorruptFile, match="weights of F16 take 20 bytes, but there are 16"):
+        dequantize(torch.zeros(8, dtype=torch.float16), "F16", (10,))
+    with pytest.raises(UnsupportedFormat, match="no GGUF type 'Q4_Z'"):
+        dequantize(data, "Q4_Z", (4, 256))
+
+
+# linear
+
+
+@every_type
+@every_dtype
+@host_backends
+def test_linear(fmt, dtype, backend):
+    data, weights = rows_of(fmt, 9, 512)
+    x, bias = normal(5, 512, dtype=dtype), normal(9, seed=1)
+    got = linear(x, data, fmt, bias, backend=backend)
+    assert got.dtype == dtype and got.shape == (5, 9)
+    low = bias.to(dtype).double()
+    assert_close(got, x, weights.to(dtype), low, low.abs())
+
+
+@some_types
+@host_backends
+def test_backends_multiply_alike(fmt, backend, budget):
+    """The decoded weights are the same bits, so that in one chunking the product is, too."""
+    data, weights = rows_of(fmt, 20, 512)
+    x = normal(3, 512)
+    assert torch.equal(linear(x, data, fmt, backend=backend), linear(x, data, fmt, backend="torch"))
+    assert_close(linear(x, data, fmt, backend=backend), x, weights)
+
+
+@some_types
+@pytest.mark.parametrize("shape", [(512,), (1, 512), (2, 3, 512), (2, 1, 2, 512), (0, 512), (2, 0, 512)])
+def test_any_number_of_rows(fmt, shape, budget):
+    data, weights = rows_of(fmt, 7, 512)
+    x = normal(*shape)
+    got = linear(x, data, fmt, normal(7))
+    assert got.shape == (*shape[:-1], 7)
+    if x.numel():
+        assert_close(got.view(-1, 7), x.view(-1, 512), weights, normal(7).double(), normal(7).abs().double())
+
+
+@some_types
+@every_dtype
+def test_x_may_be_strided(fmt, dtype):
+    data, weights = rows_of(fmt, 6, 512)
+    wide = normal(4, 2, 1024, dtype=dtype)
+    for x in (wide[:, 0, ::2], wide[:, 1, :512], wide.transpose(0, 1)[:, :, 512:], normal(512, 4, dtype=dtype).t()):
+        got = linear(x, data, fmt)
+        assert_close(got.reshape(-1, 6), x.reshape(-1, 512), weights.to(dtype))
+
+
+def test_flat_bytes_need_the_number_of_rows():
+    fmt = by_name("Q4_K")
+    data, _ = rows_of(fmt, 6, 512)
+    x = normal(3, 512)
+    assert torch.equal(linear(x, data.flatten(), fmt, rows=6), linear(x, data, fmt))
+
+
+@some_types
+@every_dtype
+def test_rows_that_end_inside_a_block(fmt, dtype):
+    """A folded weight: its rows cannot be decoded one by one."""
+    data = oracle.random_blocks(fmt, 8 * 96 // fmt.block_size if fmt.block_size <= 96 else 3)
+    weights = oracle.oracle(data, fmt).reshape(8, 96)
+    x = normal(5, 96, dtype=dtype)
+    got = linear(x, data.flatten(), fmt, normal(8), rows=8)
+    low = normal(8).to(dtype).double()
+    assert_close(got, x, weights.to(dtype), low, low.abs())
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "F64"])
+@every_dtype
+def test_plain_weights(name, dtype, budget):
+    """In x's dtype they are used as they lie, else cast chunk by chunk."""
+    fmt = by_name(name)
+    weights = normal(9, 64).to(fmt.dtype)
+    x, bias = normal(5, 64, dtype=dtype), normal(9, dtype=torch.float16)
+    got = linear(x, weights, fmt, bias)
+    low = bias.to(dtype).double()
+    assert got.dtype == dtype
+    assert_close(got, x, weights.to(dtype), low, low.abs())
+
+
+def test_a_plain_weight_in_the_right_dtype_is_not_copied():
+    weights = normal(9, 64)
+    ((rows, weight),) = decoded_rows(weights, "F32", 9, 64, torch.float32)
+    assert rows == slice(0, 9) and weight.data_ptr() == weights.data_ptr()
+
+
+# low-rank terms
+
+
+def low_rank(columns, parts, tokens=None, dtype=torch.float32, padding=0, seed=5):
+    """A LowRank of `parts` (first output row, output rows, rank), with `padding` unused ranks at its end."""
+    rank = sum(r for _, _, r in parts)
+    down = torch.cat([normal(rank, columns, seed=seed), torch.zeros(padding, columns)]).to(dtype)
+    shape = (rank + padding,) if tokens is None else (tokens, rank + padding)
+    scale = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+    ups, first = [], 0
+    for start, rows, r in parts:
+        ups.append((start, first, normal(rows, r, seed=seed + first + 1).to(dtype)))
+        first += r
+    return LowRank(down, scale, tuple(ups))
+
+
+def dense_term(x, term, rows):
+    """What `term` adds, and the sum of the magnitudes in it: fp64 [M, rows] each."""
+    x, total = x.double(), torch.zeros(x.shape[0], rows, dtype=torch.float64)
+    size = total.clone()
+    down, scale = term.down.double(), term.scale.double().expand(x.shape[0], -1)
+    for start, first, up in term.ups:
+        up, ranks = up.double(), slice(first, first + up.shape[1])
+        total[:, start : start + len(up)] += (x @ down[ranks].t() * scale[:, ranks]) @ up.t()
+        size[:, start : start + len(up)] += (x.abs() @ down[ranks].abs().t() * scale[:, ranks].abs()) @ up.abs().t()
+    return total, size
+
+
+PARTS = {
+    "whole": [(0, 24, 16)],
+    "rank 1": [(0, 24, 1)],
+    "two on the whole": [(0, 24, 4), (0, 24, 7)],
+    "slices": [(0, 8, 4), (8, 8, 5), (16, 8, 6)],
+    "a slice": [(5, 9, 4)],
+    "overlapping": [(0, 24, 3), (7, 10, 4), (9, 2, 2)],
+    "one row": [(23, 1, 2)],
+}
+
+
+@some_types
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("tokens", [None, 6], ids=["constant", "per token"])
+def test_low_rank_terms(fmt, parts, tokens, budget):
+    data, weights = rows_of(fmt, 24, 512)
+    x, bias = normal(6, 512), normal(24, seed=2)
+    term = low_rank(512, PARTS[parts], tokens, padding=3)
+    got = linear(x, data, fmt, bias, term)
+    extra, size = dense_term(x, term, 24)
+    # the term is a product of products: its own sums err as the base's does
+    bound = size * (512 + 64) * 2.0**-24
+    assert_close(got, x, weights, extra + bias.double(), bias.abs().double() + size)
+    effect = got.double() - linear(x, data, fmt, bias).double()
+    noise = 2.0**-23 * (got.abs() + size) + bound
+    assert ((effect - extra).abs() <= noise.double()).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("factors", DTYPES, ids=lambda d: f"factors in {str(d).removeprefix('torch.')}")
+def test_factors_of_any_dtype(dtype, factors):
+    """Factors, scales and biases are used in x's dtype; what is outside of a slice keeps the base's own bits."""
+    fmt = by_name("Q4_K")
+    data, weights = rows_of(fmt, 24, 512)
+    x = normal(6, 512, dtype=dtype)
+    term = low_rank(512, [(4, 12, 8)], dtype=factors)
+    base, got = linear(x, data, fmt), linear(x, data, fmt, residual=term)
+    assert got.dtype == dtype
+    assert torch.equal(got[:, :4], base[:, :4]) and torch.equal(got[:, 16:], base[:, 16:])
+    cast = replace(term, down=term.down.to(dtype), ups=tuple((s, f, u.to(dtype)) for s, f, u in term.ups))
+    extra, size = dense_term(x, cast, 24)
+    # t = x Aᵀ ∘ S is kept in x's dtype
+    assert_close(got, x, weights.to(dtype), extra, size)
+
+
+def test_zero_strength_adds_nothing():
+    fmt = by_name("Q4_K")
+    data, _ = rows_of(fmt, 24, 512)
+    x = normal(6, 512)
+    term = low_rank(512, PARTS["slices"])
+    term = replace(term, scale=torch.zeros_like(term.scale))
+    assert torch.equal(linear(x, data, fmt, residual=term), linear(x, data, fmt))
+
+
+# embedding
+
+
+@every_type
+@every_dtype
+def test_embedding_decodes_the_rows_that_are_looked_up(fmt, dtype, monkeypatch):
+    data, weights = rows_of(fmt, 12, 512)
+    indices = torch.tensor([[3, 3, 11], [0, 7, 3]])
+    got = embedding(indices, data, fmt, (12, 512), dtype)
+    assert got.dtype == dtype and torch.equal(got, F.embedding(indices, weights).to(dtype))
+    for shape in ((0,), (), (2, 0)):
+        few = torch.full(shape, 4)
+        assert torch.equal(embedding(few, data.flatten(), fmt, (12, 512), dtype), F.embedding(few, weights).to(dtype))
+
+
+def test_embedding_of_a_folded_and_of_a_plain_table():
+    data = oracle.random_blocks(by_name("Q4_K"), 3)
+    indices = torch.tensor([7, 0, 2])
+    want = oracle.oracle(data, by_name("Q4_K")).reshape(8, 96)[indices]
+    assert torch.equal(embedding(indices, data.flatten(), "Q4_K", (8, 96), torch.float32), want)
+    table = normal(8, 96, dtype=torch.float16)
+    assert torch.equal(embedding(indices, table, "F16", (8, 96), torch.float32), table[indices].float())
+
+
+# scratch
+
+
+@some_types
+@every_dtype
+@host_backends
+def test_decoded_rows_cover_every_row_once(fmt, dtype, backend, budget):
+    data, weights = rows_of(fmt, 10, 512)
+    seen, rows_a_time = [], scratch.rows_per_chunk(CPU, 512, dtype)
+    for rows, weight in decoded_rows(data, fmt, 10, 512, dtype, backend):
+        assert weight.shape == (rows.stop - rows.start, 512) and weight.shape[0] <= rows_a_time
+        assert torch.equal(weight, weights[rows].to(dtype))
+        seen += range(rows.start, rows.stop)
+    assert seen == list(range(10))
+
+
+def test_the_scratch_is_bounded_and_reused(monkeypatch):
+    scratch.release()
+    monkeypatch.setattr(scratch, "CPU_BYTES", 4 * 512 * 4)
+    fmt = by_name("Q4_K")
+    data, _ = rows_of(fmt, 64, 512)
+    places = {weight.data_ptr() for _, weight in decoded_rows(data, fmt, 64, 512, torch.float32)}
+    assert len(places) == 1
+    assert {weight.data_ptr() for _, weight in decoded_rows(data, fmt, 64, 512, torch.float32)} == places
+    buffers = scratch._local.buffers
+    assert sum(b.nbytes for b in buffers.values()) <= scratch.CPU_BYTES
+    scratch.release()
+    assert not hasattr(scratch._local, "buffers")
+
+
+def test_slots_do_not_overlap():
+    first = scratch.take(CPU, 4, 8, torch.float32, "a").fill_(1)
+    second = scratch.take(CPU, 4, 8, torch.float32, "b").fill_(2)
+    assert (first == 1).all() and (second == 2).all()
+    assert scratch.take(CPU, 2, 8, torch.float32, "a").data_ptr() == first.data_ptr()
+
+
+def test_a_row_larger_than_the_budget_still_passes(monkeypatch):
+    monkeypatch.setattr(scratch, "CPU_BYTES", 16)
+    assert scratch.rows_per_chunk(CPU, 1 << 20, torch.float32) == 1
+
+
+def test_threads_do_not_share_a_scratch(monkeypatch):
+    """Four at once, each with a weight of its own, chunk by chunk: as alone."""
+    monkeypatch.setattr(scratch, "CPU_BYTES", 2 * 512 * 4)
+    formats = [by_name(n) for n in ("Q4_K", "Q8_0", "Q6_K", "IQ4_XS")]
+    weights = [rows_of(fmt, 33, 512, seed) for seed, fmt in enumerate(formats)]
+    x = normal(3, 512, dtype=torch.bfloat16)
+    alone = [linear(x, data, fmt) for fmt, (data, _) in zip(formats, weights, strict=True)]
+    together = threading.Barrier(4)
+
+    def work(index):
+        together.wait()
+        return [linear(x, weights[index][0], formats[index]) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for want, results in zip(alone, pool.map(work, range(4)), strict=True):
+            assert all(torch.equal(got, want) for got in results)
+
+
+@pytest.mark.parametrize("first, then", [(True, False), (False, True)], ids=["inside first", "outside first"])
+def test_inference_mode_leaves_a_usable_scratch(first, then):
+    scratch.release()
+    fmt = by_name("Q4_K")
+    data, weights = rows_of(fmt, 8, 512)
+    for mode in (first, then):
+        with torch.inference_mode(mode):
+            for dtype in DTYPES:
+                x = normal(2, 512, dtype=dtype)
+                assert_close(linear(x, data, fmt), x, weights.to(dtype))
+                assert torch.equal(dequantize(data, fmt, (8, 512), dtype), weights.to(dtype))
+
+
+# which backend
+
+
+def test_the_best_backend_is_taken_and_the_reason_kept():
+    for fmt in oracle.QUANTIZED:
+        assert backends.choose(CPU, fmt) == backends.Choice("cpu", "")
+    assert str(backends.choose(CPU)) == "cpu"
+    assert str(backends.choose(CPU, requested="torch")) == "torch (as chosen)"
+
+
+def test_without_libgguf_torch_serves(monkeypatch):
+    monkeypatch.setattr(cpu, "_libgguf", lambda: "libgguf is not installed (pip install libgguf)")
+    choose = backends.choose.__wrapped__
+    choice = choose(CPU, by_name("Q4_K"))
+    assert choice.name == "torch"
+    assert str(choice) == "torch (cpu: libgguf is not installed (pip install libgguf))"
+    with pytest.raises(NoBackend, match=r"backend 'cpu' cannot run here: libgguf is not installed .*choose 'auto'"):
+        choose(CPU, by_name("Q4_K"), "cpu")
+
+
+def test_an_older_libgguf_leaves_new_types_to_torch(monkeypatch):
+    class Older:
+        @staticmethod
+        def row_size(number, columns):
+            return 0 if number == 40 else by_name("Q4_K").type_size
+
+    monkeypatch.setattr(cpu, "_libgguf", lambda: Older)
+    assert cpu.unavailable(CPU, by_name("NVFP4")) == "this libgguf does not know NVFP4"
+    assert cpu.unavailable(CPU, by_name("Q4_K")) is None
+
+
+def test_the_cpu_backend_stays_on_the_cpu():
+    assert "the model is on cuda" in cpu.unavailable(torch.device("cuda"), by_name("Q4_K"))
+    with pytest.raises(NoBackend, match="the model is on meta"):
+        backends.choose(torch.device("meta"), by_name("Q4_K"), "cpu")
+
+
+def test_other_devices_fall_back_to_torch(monkeypatch):
+    monkeypatch.setattr(backends, "triton_backend", lambda: "Triton is not installed (triton)")
+    choice = backends.choose.__wrapped__(torch.device("mps"), by_name("Q4_K"))
+    assert choice == backends.Choice("torch", "triton: Triton is not installed (triton)")
+
+
+def test_unknown_backends_are_named():
+    with pytest.raises(NoBackend, match="there is no backend 'cuda': choose one of auto, triton, cpu, torch"):
+        backends.choose(CPU, None, "cuda")
+    data, _ = rows_of(by_name("Q4_K"), 2, 256)
+    for call in (
+        lambda: dequantize(data, "Q4_K", (2, 256), backend="numpy"),
+        lambda: linear(normal(1, 256), data, "Q4_K", backend="numpy"),
+        lambda: embedding(torch.tensor([0]), data, "Q4_K", (2, 256), torch.float32, "numpy"),
+    ):
+        with pytest.raises(NoBackend, match="no backend 'numpy'"):
+            call()
