@@ -1,0 +1,12 @@
+"""Graft inside Stable Diffusion WebUI Forge; `scripts/graft_forge.py` is what Forge itself loads.
+
+    host.py      the only module that imports Forge: what Graft touches there, found by feature
+    layout.py    the two layouts in which Forge holds packed bytes
+    patches.py   Forge's patch lists as adapters
+    engine.py    the hooks, and the forward pass of a GGUF layer
+    session.py   settings, the loaded model and the prompt's LoRAs, as rows for the tab
+    verify.py    one layer of each type, beside the model and merged into it
+    inspection.py  what is in a GGUF or LoRA file
+    pictures.py  tables and bar charts as HTML
+    tab.py       the tab
+"""
