@@ -22,7 +22,7 @@ from ..kernels import Format, LowRank, by_name, decoded_rows, dequantize, embedd
 from .packed import PackedTensor
 
 if TYPE_CHECKING:
-    from .residual import LayerResidual
+    from .residual import RunningResidual
 
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -46,7 +46,7 @@ class PackedLayer(nn.Module):
 
     fmt: Format | None = None
     logical_shape: torch.Size
-    residual: LayerResidual | None = None
+    residual: RunningResidual | None = None
     backend: str = "auto"
 
     def _load_from_state_dict(

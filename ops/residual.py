@@ -1,7 +1,8 @@
 """The adapters of one model branch, and how a layer runs them beside its base weight.
 
     y = F(x) + s·B(Ax)                              one adapter
-    h = x·A_catᵀ;  h ∘= S;  y += h·B_catᵀ           any number of them, rank-concatenated
+    h = x·A_catᵀ;  h ∘= S;  y += h·B_catᵀ           any number of additive low-rank ones, rank-concatenated
+    F ← patch₁(F) ← patch₂(…)                       all others, as operators around it, in the host's order
 
 A LoRA is call context, not model state. Clones of a model share its layers; each holds a
 `ResidualStack`, which is put on the layers for the duration of a model call and taken off after it.
@@ -11,27 +12,47 @@ Nothing is patched, so nothing has to be restored, and a new strength is a new S
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..kernels import LowRank
-from .adapters import Diff, Opaque, Patch, Region
-from .layers import PackedLayer
+from ..kernels import AdapterError, LowRank, decoded_rows
+from .kinds import (
+    Adapter,
+    Diff,
+    LoHa,
+    Merge,
+    Opaque,
+    Operator,
+    Pad,
+    Padded,
+    Patch,
+    Region,
+    Scale,
+    Set,
+    merge,
+)  # fmt: skip
+from .layers import EmbeddingMath, PackedLayer
+from .layout import Layout
+
+log = logging.getLogger(__name__)
 
 # ranks are padded to whole tiles of a tensor core, and so that a LoRA of a similar rank does not recompile
 RANK_BUCKET = 16
 
-Merge = Callable[[Sequence[Patch], torch.Tensor, str], torch.Tensor]
+Merging = Callable[[Sequence[Patch], torch.Tensor, str], torch.Tensor]
 """The host's own merge: ``(patches, fp32 weight that may be written to, key) -> weight``."""
 
 
 class LayerFactors(nn.Module):
-    """The low-rank factors of all adapters on one layer, rank-concatenated.
+    """The low-rank factors of additive adapters on one layer, rank-concatenated.
 
     Attributes:
         down: ``[R, in · k]``, R a multiple of `RANK_BUCKET`.
@@ -39,6 +60,7 @@ class LayerFactors(nn.Module):
             parameters of one leaf module, which is what hosts move).
         places: ``(start, first)`` of each: its first output row and its first rank.
         order: for each rank group of `down`, the index of its patch and its own scale alpha / r.
+        size: how many strengths it reads.
     """
 
     def __init__(self, patches: Sequence[Patch], shape: torch.Size, dtype: torch.dtype | None) -> None:
@@ -65,7 +87,7 @@ class LayerFactors(nn.Module):
             ups.append(_concatenate(columns, 1, dtype))
         down = _concatenate(downs, 0, dtype)
         self.rank = rank
-        self.padded_rank = math.ceil(rank / RANK_BUCKET) * RANK_BUCKET
+        self.size = self.padded_rank = math.ceil(rank / RANK_BUCKET) * RANK_BUCKET
         if len(ups) == 1:
             ups[0] = _pad(ups[0], 1, self.padded_rank)
         for index, up in enumerate(ups):
@@ -73,7 +95,7 @@ class LayerFactors(nn.Module):
         self.down = nn.Parameter(_pad(down, 0, self.padded_rank), requires_grad=False)
         self.places = tuple(places)
 
-    def scales(self, patches: Sequence[Patch]) -> list[float]:
+    def slots(self, patches: Sequence[Patch]) -> list[float]:
         """S: strength · alpha / r of every rank, padded with zeros."""
         values: list[float] = []
         for index, rank, scale in self.order:
@@ -83,6 +105,76 @@ class LayerFactors(nn.Module):
     def low_rank(self, scale: torch.Tensor) -> LowRank:
         ups = tuple((start, first, getattr(self, f"up{i}")) for i, (start, first) in enumerate(self.places))
         return LowRank(self.down, scale, ups)
+
+    def run(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``F(x) + ((x Aᵀ) ∘ S) Bᵀ`` around any F."""
+        y = f(x)
+        t = at.own(x, self.down) * at.spread(s, x)
+        for index, (start, first) in enumerate(self.places):
+            up = getattr(self, f"up{index}")
+            ranks = at.narrow(t, first, up.shape[1]) if len(self.places) > 1 else t
+            at.narrow(y, start, up.shape[0]).add_(at.mix(ranks, up))
+        return y
+
+
+class Term(nn.Module):
+    """One patch as an operator around the layer so far; a leaf module with what its form reads.
+
+    Attributes:
+        adapter: whose form it is.
+        region: the part of the weight that it is about.
+        size: how many strengths it reads.
+    """
+
+    size = 1
+
+    def __init__(self, patch: Patch, current: LayerWeight, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.adapter, self.region = patch.adapter, patch.region
+        self.sources = [p.adapter for p in current.before]
+        for name, tensor in self.adapter.tensors(current).items():
+            # matrices in the dtype of the matmul; a vector such as DoRA's c keeps its digits
+            stored = _stored(tensor, dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+
+    def slots(self, patches: Sequence[Patch]) -> list[float]:
+        return [patches[0].strength]
+
+    def run(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The patched layer's output."""
+        s = s.reshape(())
+        if self.region is None:
+            return self.adapter.operator(self, at, f, x, s)
+        if self.region.dim == 0:
+            return self._run_on_rows(at, f, s, x, self.region)
+        return self._run_on_columns(at, f, s, x, self.region)
+
+    def _run_on_rows(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor, rows: Region) -> torch.Tensor:
+        y = f(x)
+        part = at.narrow(y, rows.start, rows.length)
+        if self.adapter.from_output:
+            patched = self.adapter.output(self, at, part, x, s)
+        else:
+            # it needs these rows of the layer on another x: a second call
+            patched = self.adapter.operator(self, at, lambda z: at.narrow(f(z), rows.start, rows.length), x, s)
+        if patched is not part:
+            part.copy_(patched)
+        return y
+
+    def _run_on_columns(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor, cols: Region) -> torch.Tensor:
+        part = at.narrow(x, cols.start, cols.length)
+        if self.adapter.additive:
+            return self.adapter.output(self, at, f(x), part, s)
+        # W x = W₁ x₁ + W₂ x₂, and only W₁ changes
+        rest = x.clone()
+        at.narrow(rest, cols.start, cols.length).zero_()
+
+        def on_part(z: torch.Tensor) -> torch.Tensor:
+            wide = torch.zeros_like(x)
+            at.narrow(wide, cols.start, cols.length).copy_(z)
+            return f(wide)
+
+        return self.adapter.operator(self, at, on_part, part, s).add_(f(rest))
 
 
 def _output_rows(region: Region | None, shape: torch.Size) -> tuple[int, int]:
@@ -101,12 +193,19 @@ def _input_columns(down: torch.Tensor, region: Region | None, shape: torch.Size)
     return wide
 
 
-def _concatenate(parts: Sequence[torch.Tensor], dim: int, dtype: torch.dtype | None) -> torch.Tensor:
-    """Joined in `dtype`, or without loss: in the common dtype of mixed parts."""
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """In `dtype`, or the file's own; fp8, which nothing computes in, as the bf16 that it is a part of."""
     if dtype is None:
-        kinds = {p.dtype for p in parts}
-        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-    return torch.cat([p.to(dtype) for p in parts], dim)
+        dtype = torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
+    return tensor.to(dtype)
+
+
+def _concatenate(parts: Sequence[torch.Tensor], dim: int, dtype: torch.dtype | None) -> torch.Tensor:
+    """Joined in `dtype`, or without loss: in a dtype that holds all of them."""
+    stored = [_stored(p, dtype) for p in parts]
+    kinds = {p.dtype for p in stored}
+    common = kinds.pop() if len(kinds) == 1 else functools.reduce(torch.promote_types, kinds)
+    return torch.cat([p.to(common) for p in stored], dim)
 
 
 def _pad(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -118,86 +217,302 @@ def _pad(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-class LayerResidual:
-    """What runs beside one layer's base weight during a model call.
+class LayerWeight:
+    """The weight that a patch finds: the layer's own with the patches before it merged in.
 
     Attributes:
-        path: ``residual`` or ``exact``, and `reason` says why it is not the former.
+        shape: of the part that the patch is about.
+        before: those patches, simplified.
     """
 
-    def __init__(self, key: str, weight: Sequence[Patch], bias: Sequence[Patch], merge: Merge | None) -> None:
+    def __init__(
+        self, name: str, layer: PackedLayer, before: Sequence[Patch], region: Region | None, shape: torch.Size,
+        cache: FactorCache,
+    ) -> None:  # fmt: skip
+        self.name, self.layer, self.before, self.region, self.cache = name, layer, tuple(before), region, cache
+        self.shape = shape if region is None else region.within(shape)
+
+    def base(self) -> torch.Tensor:
+        whole = self.layer.dequantized(dtype=self._dtype)
+        return whole if self.region is None else whole.narrow(*self.region)
+
+    def dense(self) -> torch.Tensor:
+        if not self.before:
+            return self.base()
+        whole = merge(self.layer.dequantized(dtype=self._dtype), self.before)
+        return whole if self.region is None else whole.narrow(*self.region)
+
+    def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        if self.before or self.region is not None:
+            yield slice(0, self.shape[0]), self.dense().flatten(1)
+            return
+        layer = self.layer
+        data, fmt = layer.weight.data, layer.format_of(layer.weight.data)
+        yield from decoded_rows(data, fmt, self.shape[0], math.prod(self.shape[1:]), self._dtype, layer.backend)
+
+    def row_norms(self) -> torch.Tensor:
+        key = (self.name, self.region)
+        known = None if self.before else self.cache.row_norms.get(key)
+        if known is None:
+            known = torch.cat([weight.norm(dim=1) for _, weight in self.chunks()])
+            if not self.before:
+                self.cache.row_norms[key] = known
+        return known
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float64 if self.layer.weight.dtype == torch.float64 else torch.float32
+
+
+class LayerResidual:
+    """What the patches of one layer amount to, without their strengths' place.
+
+    Attributes:
+        path: ``residual`` or ``exact``.
+        reason: why it is not the former, or what makes it dear.
+        rejected: why patches were left out, if any were.
+        members: the modules with the factors, in the order in which they act, and the patches of each.
+        size: how many strengths they read.
+    """
+
+    def __init__(self, key: str, layer: PackedLayer, weight: Sequence[Patch], bias: Sequence[Patch]) -> None:
         self.key = key
-        self.weight_patches = tuple(p for p in weight if p.strength or p.strength_model != 1.0)
         self.bias_patches = tuple(bias)
-        self.merge = merge
-        self.factors: LayerFactors | None = None
-        self.low_rank: LowRank | None = None
-        self.reason = next(filter(None, map(_why_not_low_rank, self.weight_patches)), "")
-        self.path = "exact" if self.reason else "residual"
+        self.weight_patches, self.rejected = _simplified(weight, torch.Size(layer.logical_shape))
+        self.path, self.reason = _path_of(self.weight_patches, layer)
+        self.members: list[tuple[LayerFactors | Term, list[Patch]]] = []
+        self.size = 0
         self._biases: dict[torch.device, torch.Tensor] = {}
+
+    def build(self, layer: PackedLayer, cache: FactorCache, dtype: torch.dtype | None) -> None:
+        """Make the modules that hold the factors, or find them in the cache."""
+        if self.path != "residual":
+            return
+        shape = torch.Size(layer.logical_shape)
+        before: list[Patch] = []
+        for run in _runs(self.weight_patches):
+            low_rank = [p for p in run if p.adapter.is_low_rank]
+            if low_rank:
+                self.members.append((cache.factors(self.key, low_rank, shape, dtype), low_rank))
+            for patch in (p for p in run if not p.adapter.is_low_rank):
+                current = LayerWeight(self.key, layer, before, patch.region, shape, cache)
+                self.members.append((cache.term(patch, current, dtype), [patch]))
+            before += run
+            if isinstance(run[0].adapter, Pad):
+                shape = torch.Size(run[0].adapter.shape)
+        self.size = sum(member.size for member, _ in self.members)
+
+    def slots(self) -> list[float]:
+        """The strengths of every member, in order."""
+        return [value for member, patches in self.members for value in member.slots(patches)]
+
+    def bias_on(self, device: torch.device, layer: PackedLayer, host: Merging | None) -> torch.Tensor | None:
+        """The patched bias in fp32, or None if nothing is patched; worked out once for each device."""
+        if self.bias_patches and device not in self._biases:
+            self._biases[device] = self._patched_bias(layer, host).to(device)
+        return self._biases.get(device)
+
+    def _patched_bias(self, layer: PackedLayer, host: Merging | None) -> torch.Tensor:
+        rows = layer.logical_shape[0]
+        bias = torch.zeros(rows) if layer.bias is None else layer.bias.detach().float().cpu()
+        through = functools.partial(_through_host, host, self.key + ".bias")
+        return merge(bias.clone(), self.bias_patches, through, lambda: bias)
+
+
+class RunningResidual:
+    """A layer's residual during one model call, on one device: what the layer calls.
+
+    Attributes:
+        residual: what runs.
+        low_rank: the part that goes into the layer's own kernel.
+        steps: what goes around that, each with its strengths.
+        bias: in place of the layer's own.
+    """
+
+    def __init__(
+        self, residual: LayerResidual, scale: torch.Tensor, bias: torch.Tensor | None, host: Merging | None
+    ) -> None:
+        self.residual, self.bias, self.host = residual, bias, host
+        members = [member for member, _ in residual.members]
+        parts = scale.split([member.size for member in members]) if members else ()
+        self.steps = list(zip(members, parts, strict=True))
+        self.low_rank: LowRank | None = None
+        lowest = self.steps[0][0] if self.steps else None
+        if isinstance(lowest, LayerFactors):
+            self.low_rank = lowest.low_rank(self.steps.pop(0)[1])
 
     def __call__(
         self, x: torch.Tensor, layer: PackedLayer, data: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        bias = self.patched_bias(bias, x, layer)
-        if self.path == "residual":
-            return layer.compute(x, data, bias, self.low_rank)
-        assert self.merge is not None
-        weight = self.merge(self.weight_patches, layer.dequantized(data), self.key + ".weight")
+        """The layer's output with its adapters.
+
+        Args:
+            data, bias: the layer's own, on x's device.
+        """
+        if self.bias is not None:
+            bias = self.bias.to(x.device)
+        if self.residual.path == "exact":
+            return self._exact(x, layer, data, bias)
+        low_rank = self.low_rank
+        if low_rank is not None and low_rank.down.device != x.device:
+            low_rank = _moved(low_rank, x.device)
+        if not self.steps:
+            return layer.compute(x, data, bias, low_rank)
+        at = Layout(layer)
+        f: Operator = functools.partial(layer.compute, data=data, low_rank=low_rank)
+        for member, s in self.steps:
+            f = functools.partial(member.run, at, f, s.to(x.device))
+        y = f(x)
+        return y if bias is None else y.add_(at.spread(_lengthened(bias, y.shape[at.axis]), y))
+
+    def _exact(
+        self, x: torch.Tensor, layer: PackedLayer, data: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """On the decoded weight with everything merged in."""
+        through = functools.partial(_through_host, self.host, self.residual.key + ".weight")
+        patches = self.residual.weight_patches
+        weight = merge(layer.dequantized(data), patches, through, lambda: layer.dequantized(data))
         return layer.compute_dense(x, weight.to(x.dtype) if x.is_floating_point() else weight, bias)
 
-    def patched_bias(self, bias: torch.Tensor | None, x: torch.Tensor, layer: PackedLayer) -> torch.Tensor | None:
-        """The bias with its differences added in fp32; worked out once for each device."""
-        if not self.bias_patches:
-            return bias
-        patched = self._biases.get(x.device)
-        if patched is None:
-            patched = x.new_zeros(layer.logical_shape[0], dtype=torch.float32) if bias is None else bias.float()
-            if all(isinstance(p.adapter, Diff) and p.strength_model == 1.0 for p in self.bias_patches):
-                for patch in self.bias_patches:
-                    assert isinstance(patch.adapter, Diff)
-                    delta = patch.adapter.diff.to(x.device, torch.float32).reshape(-1)
-                    start, length = _output_rows(patch.region, layer.logical_shape)
-                    patched = patched.clone()
-                    patched[start : start + length] += patch.strength * delta
-            else:
-                assert self.merge is not None
-                patched = self.merge(self.bias_patches, patched.clone(), self.key + ".bias")
-            self._biases[x.device] = patched
-        return patched
+
+def _through_host(host: Merging | None, key: str, patch: Patch, weight: torch.Tensor) -> torch.Tensor:
+    if host is None:
+        reason = patch.adapter.reason if isinstance(patch.adapter, Opaque) else patch.adapter.kind
+        raise AdapterError(f"{key}: {reason}, and there is no host that knows it: leave it out")
+    return host([patch], weight, key)
 
 
-def _why_not_low_rank(patch: Patch) -> str:
+def _moved(low_rank: LowRank, device: torch.device) -> LowRank:
+    """Copies where the host has left the factors elsewhere."""
+    ups = tuple((start, first, up.to(device)) for start, first, up in low_rank.ups)
+    return LowRank(low_rank.down.to(device), low_rank.scale.to(device), ups)
+
+
+def _lengthened(bias: torch.Tensor, rows: int) -> torch.Tensor:
+    """A bias for output rows that an adapter has added."""
+    return bias if bias.shape[0] == rows else torch.nn.functional.pad(bias, (0, rows - bias.shape[0]))
+
+
+def _simplified(patches: Sequence[Patch], shape: torch.Size) -> tuple[tuple[Patch, ...], list[str]]:
+    """The same patches, each with one thing to do: no strength_model, no padding inside, no idle ones.
+
+    Returns:
+        them, and why others were left out.
+    """
+    simple: list[Patch] = []
+    rejected: list[str] = []
+    original = shape
+    for patch in (part for p in patches for part in _expanded(p)):
+        adapter = patch.adapter
+        try:
+            if isinstance(adapter, Padded):
+                adapter.check(shape)
+                simple.append(Patch(1.0, Pad(tuple(shape), adapter.shape)))
+                shape = torch.Size(adapter.shape)
+                adapter = adapter.inner
+                patch = replace(patch, adapter=adapter)
+            elif shape != original and not isinstance(adapter, (Opaque, Scale)):
+                patch = _on_the_unpadded(patch, shape, original)
+        except AdapterError as error:
+            rejected.append(str(error))
+            continue
+        if isinstance(adapter, Set) and patch.region is None:
+            # nothing of what was there is left, but for its shape
+            simple = [p for p in simple if isinstance(p.adapter, Pad)]
+        if patch.strength or not adapter.idle_at_zero or patch.strength_model != 1.0:
+            simple.append(patch)
+    return tuple(simple), rejected
+
+
+def _expanded(patch: Patch) -> list[Patch]:
+    """`patch` without its strength_model, and a merged model as its weight and its own adapters."""
     if isinstance(patch.adapter, Opaque):
-        return patch.adapter.reason
-    if patch.adapter.low_rank() is None:
-        return f"{patch.adapter.kind} has no low-rank form"
-    if patch.strength_model != 1.0:
-        return "the base weight is scaled (strength_model)"
-    if patch.function is not None:
-        return "its difference passes through a function of the host"
-    return ""
+        return [patch]
+    parts = [] if patch.strength_model == 1.0 else [Patch(patch.strength_model, Scale(), region=patch.region)]
+    patch = replace(patch, strength_model=1.0)
+    adapter = patch.adapter
+    if not isinstance(adapter, Merge) or patch.region is not None:
+        return [*parts, patch]
+    if not all(p.adapter.additive and p.strength_model == 1.0 for p in adapter.patches):
+        return [*parts, patch]
+    inner = [replace(p, strength=patch.strength * p.strength) for p in adapter.patches]
+    return [*parts, replace(patch, adapter=Diff(adapter.weight)), *(q for p in inner for q in _expanded(p))]
+
+
+def _on_the_unpadded(patch: Patch, shape: torch.Size, original: torch.Size) -> Patch:
+    """`patch` where it belongs, once one before it has widened the weight from `original` to `shape`."""
+    try:
+        patch.adapter.check(shape if patch.region is None else patch.region.within(shape))
+        return patch
+    except AdapterError:
+        if patch.region is not None or shape[0] != original[0]:
+            raise
+        patch.adapter.check(original)
+        return replace(patch, region=Region(1, 0, original[1]))
+
+
+def _path_of(patches: Sequence[Patch], layer: PackedLayer) -> tuple[str, str]:
+    opaque = next((p.adapter.reason for p in patches if isinstance(p.adapter, Opaque)), "")
+    if opaque:
+        return "exact", opaque
+    special = next((p.adapter.kind for p in patches if not p.adapter.is_low_rank), "")
+    if special and isinstance(layer, EmbeddingMath):
+        return "exact", f"{special} on an embedding"
+    if patches and getattr(layer, "groups", 1) != 1:
+        return "exact", "a grouped convolution"
+    dear = next((p.adapter for p in patches if isinstance(p.adapter, LoHa) and not p.adapter.is_low_rank), None)
+    return "residual", "" if dear is None else f"LoHa of rank {dear.rank} costs as much as a second weight"
+
+
+def _runs(patches: Sequence[Patch]) -> Iterator[list[Patch]]:
+    """Stretches of additive patches, whose order does not matter, and each other one by itself."""
+    run: list[Patch] = []
+    for patch in patches:
+        if patch.adapter.additive:
+            run.append(patch)
+            continue
+        if run:
+            yield run
+        yield [patch]
+        run = []
+    if run:
+        yield run
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class FactorCache:
-    """Concatenated factors by layer and adapters: a new strength finds the ones that are there already.
+    """The factors of each layer and its adapters: a new strength finds the ones that are there already.
 
     The last few stacks are kept alive, since hosts drop a branch before they build the next one.
+
+    Attributes:
+        row_norms: of base weights, for DoRA.
     """
 
     def __init__(self, keep: int = 3) -> None:
-        self._factors: weakref.WeakValueDictionary[tuple, LayerFactors] = weakref.WeakValueDictionary()
+        self._members: weakref.WeakValueDictionary[tuple, nn.Module] = weakref.WeakValueDictionary()
         self._modules: dict[tuple, nn.ModuleList] = {}
         self._keep = keep
+        self.row_norms: dict[tuple[str, Region | None], torch.Tensor] = {}
 
     def factors(self, key: str, patches: Sequence[Patch], shape: torch.Size, dtype: torch.dtype | None) -> LayerFactors:
-        identity = (key, dtype, *((_identity(p.adapter), p.region) for p in patches))
-        found = self._factors.get(identity)
-        if found is None:
-            found = self._factors[identity] = LayerFactors(patches, shape, dtype)
-        return found
+        identity = (key, shape, dtype, *((_identity(p.adapter), p.region) for p in patches))
+        return self._find(identity, lambda: LayerFactors(patches, shape, dtype))
 
-    def module(self, members: Sequence[LayerFactors]) -> nn.ModuleList:
+    def term(self, patch: Patch, current: LayerWeight, dtype: torch.dtype | None) -> Term:
+        before = tuple((_identity(p.adapter), p.region, p.strength) for p in current.before)
+        identity = (current.name, current.shape, dtype, _identity(patch.adapter), patch.region, before)
+        return self._find(identity, lambda: Term(patch, current, dtype))
+
+    def _find(self, identity: tuple, make: Callable[[], _Module]) -> _Module:
+        found = self._members.get(identity)
+        if found is None:
+            found = self._members[identity] = make()
+        return found  # type: ignore[return-value]
+
+    def module(self, members: Sequence[nn.Module]) -> nn.ModuleList:
         """One module around the factors of a stack, the same one for the same factors."""
         identity = tuple(map(id, members))
         module = self._modules.pop(identity, None) or nn.ModuleList(members)
@@ -207,9 +522,15 @@ class FactorCache:
         return module
 
 
-def _identity(adapter: object) -> tuple:
+def _identity(value: object) -> object:
     """An adapter is the same one if its tensors are: hosts wrap a file's tensors anew on every run."""
-    return tuple(id(v) if isinstance(v, torch.Tensor) else v for v in vars(adapter).values())
+    if isinstance(value, torch.Tensor):
+        return id(value)
+    if isinstance(value, (Adapter, Patch)):
+        return (type(value), *map(_identity, vars(value).values()))
+    if isinstance(value, tuple) and not isinstance(value, Region):
+        return tuple(map(_identity, value))
+    return value if value.__hash__ is not None else id(value)
 
 
 @dataclass
@@ -222,7 +543,7 @@ class ResidualStack:
     """
 
     patches: dict[str, list[Patch]] = field(default_factory=dict)
-    merge: Merge | None = None
+    merge: Merging | None = None
     _residuals: dict[str, LayerResidual] | None = None
     _scales: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
@@ -248,47 +569,52 @@ class ResidualStack:
             dtype: of the factors; None keeps the files' own.
 
         Returns:
-            a module with every factor, for a host that moves and counts memory.
+            a module with every factor in leaf modules, for a host that moves and counts memory.
         """
         if self._residuals is None:
             names = dict.fromkeys(key.rpartition(".")[0] for key in self.patches)
-            self._residuals = {}
+            residuals: dict[str, LayerResidual] = {}
             for name in names:
                 weight, bias = self.patches.get(name + ".weight", ()), self.patches.get(name + ".bias", ())
-                residual = self._residuals[name] = LayerResidual(name, weight, bias, self.merge)
-                if residual.path == "residual" and residual.weight_patches:
-                    shape = layers[name].logical_shape
-                    residual.factors = cache.factors(name, residual.weight_patches, shape, dtype)
-        return cache.module([r.factors for r in self._residuals.values() if r.factors is not None])
+                residual = residuals[name] = LayerResidual(name, layers[name], weight, bias)
+                residual.build(layers[name], cache, dtype)
+            self._residuals = residuals
+        return cache.module([member for r in self._residuals.values() for member, _ in r.members])
 
     @property
     def residuals(self) -> Mapping[str, LayerResidual]:
         """By layer; empty before `build`."""
         return self._residuals or {}
 
-    def place(self, device: torch.device) -> None:
-        """Point every layer's low-rank term at this device's strengths: one small buffer for all of them."""
-        members = [r for r in self.residuals.values() if r.factors is not None]
+    def running(self, layers: Mapping[str, PackedLayer], device: torch.device) -> dict[str, RunningResidual]:
+        """By layer, what runs beside it on `device`; all strengths lie in one small buffer."""
+        residuals = self.residuals
         if device not in self._scales:
-            values = [s for r in members if r.factors for s in r.factors.scales(r.weight_patches)]
-            self._scales[device] = torch.tensor(values, dtype=torch.float32).to(device)
-        parts = self._scales[device].split([r.factors.padded_rank for r in members if r.factors]) if members else ()
-        for residual, scale in zip(members, parts, strict=True):
-            assert residual.factors is not None
-            residual.low_rank = residual.factors.low_rank(scale)
+            values = [value for r in residuals.values() for value in r.slots()]
+            self._scales[device] = torch.tensor(values, dtype=self._scale_dtype()).to(device)
+        parts = self._scales[device].split([r.size for r in residuals.values()])
+        return {
+            name: RunningResidual(residual, scale, residual.bias_on(device, layers[name], self.merge), self.merge)
+            for (name, residual), scale in zip(residuals.items(), parts, strict=True)
+        }
+
+    def _scale_dtype(self) -> torch.dtype:
+        members = (member for r in self.residuals.values() for member, _ in r.members)
+        wide = any(p.dtype == torch.float64 for member in members for p in member.parameters())
+        return torch.float64 if wide else torch.float32
 
     @contextlib.contextmanager
     def active(self, layers: Mapping[str, PackedLayer], device: torch.device) -> Iterator[None]:
         """Run the model with these adapters: on every layer inside the block, on none after it."""
-        self.place(device)
-        previous = {name: layers[name].residual for name in self.residuals}
+        running = self.running(layers, device) if self.residuals else {}
+        previous = {name: layers[name].residual for name in running}
         try:
-            for name, residual in self.residuals.items():
+            for name, residual in running.items():
                 layers[name].residual = residual
             yield
         finally:
-            for name, residual in previous.items():
-                layers[name].residual = residual
+            for name, before in previous.items():
+                layers[name].residual = before
 
 
-__all__ = ["FactorCache", "LayerFactors", "LayerResidual", "Merge", "ResidualStack"]
+__all__ = ["FactorCache", "LayerResidual", "Merging", "ResidualStack", "RunningResidual"]

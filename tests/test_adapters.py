@@ -1,0 +1,129 @@
+"""Every kind of adapter beside a layer does what its merge into the weight would do."""
+
+from __future__ import annotations
+
+import adapter_samples as samples
+import pytest
+import torch
+from adapter_samples import CONV_KINDS, KINDS, LINEAR_KINDS, Sampler, Shape
+from graft.ops import layers
+from graft.ops.adapters import Patch, Region, from_host
+from graft.ops.residual import FactorCache, ResidualStack
+
+# sums of some hundreds of products in fp64, in another order
+TOLERANCE = 1e-12
+
+
+def make_layer(shape: Shape, weight: torch.Tensor, bias: torch.Tensor | None = None, **options):
+    """A Graft layer of `shape` with these weights, and an input for it."""
+    if len(shape) == 2:
+        layer = layers.Linear(shape[1], shape[0], bias=bias is not None)
+    else:
+        kind = {3: layers.Conv1d, 4: layers.Conv2d, 5: layers.Conv3d}[len(shape)]
+        groups = options.get("groups", 1)
+        layer = kind(shape[1] * groups, shape[0], shape[2:], bias=bias is not None, **options)
+    layer.load_weight(weight)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def make_input(shape: Shape, r: Sampler, groups: int = 1) -> torch.Tensor:
+    if len(shape) == 2:
+        return r(2, 5, shape[1], scale=1.0)
+    return r(2, shape[1] * groups, *(7 for _ in shape[2:]), scale=1.0)
+
+
+def run(layer, x: torch.Tensor, patches: list[Patch], bias: list[Patch] = (), dtype=None) -> torch.Tensor:
+    """The layer's output with a stack of these patches."""
+    stack = ResidualStack({"layer.weight": list(patches), "layer.bias": list(bias)})
+    stack.build({"layer": layer}, FactorCache(), dtype)
+    with stack.active({"layer": layer}, x.device):
+        return layer(x)
+
+
+def patch_of(value, shape: Shape, s: float, region: Region | None = None, sm: float = 1.0, function=None) -> Patch:
+    return Patch(s, from_host(value, torch.Size(shape), region, function), sm, region)
+
+
+def assert_same(got: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    """Equal, with the error measured against the adapter's effect."""
+    effect = (wanted - base).abs().max()
+    assert effect > 0
+    assert (got - wanted).abs().max() <= tolerance * max(1.0, float(wanted.abs().max())), float(
+        (got - wanted).abs().max() / effect
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tiny tensors the threads' own cost is the larger one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+LINEAR, CONV1D, CONV2D, CONV3D = (48, 32), (16, 8, 3), (16, 8, 3, 3), (16, 8, 2, 3, 3)
+CASES = [(name, shape) for name in KINDS for shape in (LINEAR, CONV1D, CONV2D, CONV3D)]
+CASES += [(name, shape) for name in CONV_KINDS for shape in (CONV1D, CONV2D, CONV3D)]
+CASES += [(name, LINEAR) for name in LINEAR_KINDS]
+ALL_KINDS = KINDS | CONV_KINDS | LINEAR_KINDS
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=lambda v: v if isinstance(v, str) else "×".join(map(str, v)))
+def test_a_kind_is_its_merge(name: str, shape: Shape) -> None:
+    r = Sampler(1)
+    weight, bias, x = r(*shape, scale=1.0), r(shape[0]), make_input(shape, r)
+    options = {} if len(shape) == 2 else {"stride": 2, "padding": 1}
+    layer = make_layer(shape, weight, bias, **options)
+    value = ALL_KINDS[name](r, shape)
+    for s in (1.0, 0.75, -0.5):
+        got = run(layer, x, [patch_of(value, shape, s)])
+        wanted = layer.compute_dense(x, samples.merged(weight, value, s), bias)
+        assert_same(got, wanted, layer(x))
+
+
+def test_the_layer_is_as_it_was_once_the_block_is_left() -> None:
+    r = Sampler(2)
+    layer = make_layer(LINEAR, r(*LINEAR))
+    x = make_input(LINEAR, r)
+    before = layer(x)
+    run(layer, x, [patch_of(samples.oft(r, LINEAR), LINEAR, 1.0)])
+    assert torch.equal(layer(x), before)
+
+
+def random_stack(r: Sampler, shape: Shape, count: int) -> list[tuple]:
+    """``(value, s, strength_model, region)`` of random kinds."""
+    kinds = [k for k in ALL_KINDS if (k, shape) in CASES]
+    found = []
+    for _ in range(count):
+        region = r.pick([None, None, None, Region(0, 16, 16), Region(1, 8, 16)]) if len(shape) == 2 else None
+        part = shape if region is None else region.within(shape)
+        value = ALL_KINDS[r.pick(kinds)](r, tuple(part))
+        found.append((value, r.pick([1.0, 0.5, -0.25]), r.pick([1.0, 1.0, 1.0, 0.5]), region))
+    return found
+
+
+def merge_stack(weight: torch.Tensor, stack: list[tuple]) -> torch.Tensor:
+    weight = weight.clone()
+    for value, s, sm, region in stack:
+        part = weight if region is None else weight.narrow(*region)
+        part = samples.merged(part * sm, value, s)
+        if region is None:
+            weight = part
+        else:
+            weight.narrow(*region).copy_(part)
+    return weight
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("shape", [LINEAR, CONV2D], ids=["linear", "conv2d"])
+def test_a_stack_composes_in_the_hosts_order(shape: Shape, seed: int) -> None:
+    r = Sampler(1000 + seed)
+    weight, bias, x = r(*shape, scale=1.0), r(shape[0]), make_input(shape, r)
+    stack = random_stack(r, shape, 2 + seed % 5)
+    layer = make_layer(shape, weight, bias)
+    got = run(layer, x, [patch_of(value, shape, s, region, sm) for value, s, sm, region in stack])
+    wanted = layer.compute_dense(x, merge_stack(weight, stack), bias)
+    assert_same(got, wanted, layer(x), tolerance=1e-11)
