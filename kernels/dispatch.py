@@ -44,6 +44,11 @@ def _as_format(fmt: Format | str) -> Format:
     return by_name(fmt) if isinstance(fmt, str) else fmt
 
 
+def _count(data: torch.Tensor, fmt: Format) -> int:
+    """How many weights there are in `data`."""
+    return data.numel() // fmt.type_size * fmt.block_size if fmt.is_quantized else data.numel()
+
+
 def _byte_rows(data: torch.Tensor, fmt: Format, rows: int, columns: int) -> torch.Tensor | None:
     """`data` as ``uint8 [rows, row_bytes]``, or None if rows do not end where blocks end."""
     if columns % fmt.block_size:
@@ -150,6 +155,13 @@ def decoded_rows(
         yield slice(start, stop), weight
 
 
+def _whole(
+    data: torch.Tensor, fmt: Format, shape: tuple[int, int], dtype: torch.dtype, backend: str
+) -> torch.Tensor:
+    """The weight ``[N, K]`` in memory of its own, or as it lies if it needs no decoding."""
+    return dequantize(data, fmt, shape, dtype, backend) if fmt.is_quantized else data.reshape(shape).to(dtype)
+
+
 def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: slice) -> None:
     """Add those terms that fall into `rows` of the layer to ``out [M, rows]``."""
     for start, first, up in low_rank.ups:
@@ -196,14 +208,25 @@ def linear(
 
     Returns:
         ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: x and the weight differ in K.
     """
     fmt = _as_format(fmt)
     n = data.shape[0] if rows is None else rows
     flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[1] * n != _count(data, fmt):
+        raise ValueError(f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}")
     if bias is not None:
         bias = bias.to(x.dtype)
-    out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
     t = residual.project(flat) if residual is not None else None
+    if torch.is_grad_enabled() and x.requires_grad:
+        # on the way back autograd asks for the weight again: it must not lie in the scratch
+        out = F.linear(flat, _whole(data, fmt, (n, flat.shape[1]), x.dtype, backend), bias)
+        if t is not None and residual is not None:
+            _add_low_rank(out, t, residual, slice(0, n))
+        return out.view(*x.shape[:-1], n)
+    out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
     chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
     if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias)):
         _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend)

@@ -65,7 +65,12 @@ class PackedLayer(nn.Module):
         else:
             self.load_weight(weight)
         bias = state_dict.get(prefix + "bias")
-        if bias is not None:
+        if bias is not None and tuple(bias.shape) != tuple(self.logical_shape[:1]):
+            error_msgs.append(
+                f"size mismatch for {prefix}bias: the file has {tuple(bias.shape)}, "
+                f"the model {tuple(self.logical_shape[:1])}"
+            )
+        elif bias is not None:
             plain = bias.dequantize(torch.float32) if isinstance(bias, PackedTensor) else bias
             self.bias = nn.Parameter(plain, requires_grad=False)
         elif getattr(self, "bias", None) is not None:
@@ -166,7 +171,8 @@ class ConvMath(PackedLayer):
     def _convolve(self, x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         shape = self.logical_shape
-        if self.groups != 1:
+        if self.groups != 1 or (torch.is_grad_enabled() and x.requires_grad):
+            # on the way back autograd asks for the weight again: it must not lie in the scratch
             return self._conv_forward(x, self.dequantized(data, x.dtype), bias)
         parts = [
             self._conv_forward(x, weight.view(-1, *shape[1:]), None if bias is None else bias[rows])
@@ -196,11 +202,12 @@ class EmbeddingMath(PackedLayer):
 
     def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         data, _, release = self.fetch(x)
+        usual = self.dtype
         try:
-            if out_dtype is not None:
-                self.dtype = out_dtype
+            self.dtype = out_dtype or usual
             return self.compute(x, data) if self.residual is None else self.residual(x, self, data, None)
         finally:
+            self.dtype = usual
             release()
 
     def compute(

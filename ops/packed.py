@@ -177,7 +177,7 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
     packed = [t for t in tensors if isinstance(t, PackedTensor)]
     first = packed[0]
     alike = len(packed) == len(tensors) and all(
-        t.fmt is first.fmt and t.dim() == first.dim() and t.shape[1:] == first.shape[1:] and t.rows_are_whole
+        t.fmt == first.fmt and t.dim() == first.dim() and t.shape[1:] == first.shape[1:] and t.rows_are_whole
         for t in packed
     )
     if not alike or dim % first.dim() != 0:

@@ -26,6 +26,7 @@ from graft.kernels import (
     linear,
     scratch,
 )  # fmt: skip
+from rounding import assert_rounded
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,23 +65,9 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def assert_close(got, x, weight, extra=0.0, extra_size=0.0):
-    """Hold ``got [M, N]`` to ``x · weightᵀ + extra`` in fp64, within what rounding can do.
-
-    Each product sum of K terms in fp32 errs by at most K · 2⁻²⁴ of the sum of its magnitudes; a result in a narrower
-    dtype is rounded to it once for the product, and once for each of the (at most two) terms that are added behind.
-
-    Args:
-        extra: what is added beside the product, in fp64.
-        extra_size: the sum of the magnitudes in it.
-    """
+    """Hold ``got [M, N]`` to ``x · weightᵀ + extra``; `extra_size` is the sum of the magnitudes in `extra`."""
     x, weight = x.double(), weight.double()
-    want = x @ weight.t() + extra
-    size = x.abs() @ weight.abs().t() + extra_size
-    unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[got.dtype]
-    bound = (weight.shape[1] + 8) * 2.0**-24 * size + 4 * unit * (want.abs() + extra_size)
-    assert got.isfinite().all()
-    error = (got.double() - want).abs()
-    assert (error <= bound).all(), f"off by {(error / bound).max():.2f} times what rounding can do"
+    assert_rounded(got, x @ weight.t() + extra, x.abs() @ weight.abs().t(), weight.shape[1], extra_size)
 
 
 # dequantize
