@@ -58,21 +58,19 @@ def start_comfyui(bf16: bool) -> dict:
 def write_files(folder: Path, types: list[str]) -> None:
     from architectures import ARCHITECTURES, write_model
 
-    import folder_paths
-
     for type_name in types:
         write_model(ARCHITECTURES["flux"], type_name, folder / f"{type_name}.gguf")
-    paths, extensions = folder_paths.folder_names_and_paths["unet_gguf"]
-    folder_paths.folder_names_and_paths["unet_gguf"] = ([str(folder), *paths], extensions)
 
 
 def load(pack: str, path: Path, classes: dict):
     """A MODEL as the pack's own loader node returns it."""
     import folder_paths
 
-    paths, extensions = folder_paths.folder_names_and_paths["unet_gguf"]
-    if str(path.parent) not in paths:
-        folder_paths.folder_names_and_paths["unet_gguf"] = ([str(path.parent), *paths], extensions)
+    # both packs list the folders of diffusion models under keys of their own
+    for key in ("unet", "diffusion_models", "unet_gguf"):
+        paths, extensions = folder_paths.folder_names_and_paths.get(key, ([], set()))
+        if str(path.parent) not in paths:
+            folder_paths.folder_names_and_paths[key] = ([str(path.parent), *paths], set(extensions) | {".gguf"})
     if pack == "graft":
         return classes["GraftUNETLoader"]().load(path.name)["result"][0]
     return classes["UnetLoaderGGUF"]().load_unet(path.name)[0]

@@ -1,0 +1,109 @@
+"""Branches of one workflow share layers and nothing else."""
+
+from __future__ import annotations
+
+import comfy.hooks
+import pytest
+import torch
+from generation import distance, fingerprint, sample, with_lora
+from small import SD3, loras, sd3  # noqa: F401  (fixtures)
+
+
+@pytest.fixture(scope="module")
+def alone(sd3, loras):  # noqa: F811
+    """What each branch gives when it runs by itself."""
+    graft, _ = sd3
+    first, second = loras
+    return {
+        "none": sample(graft, SD3),
+        "first": sample(with_lora(graft, first), SD3),
+        "second": sample(with_lora(graft, second), SD3),
+        "both": sample(with_lora(with_lora(graft, first), second, 0.5), SD3),
+    }
+
+
+def test_on_off_on(sd3, loras, alone):  # noqa: F811
+    graft, _ = sd3
+    for _ in range(2):
+        assert torch.equal(sample(with_lora(graft, loras[0]), SD3), alone["first"])
+        assert torch.equal(sample(graft, SD3), alone["none"])
+
+
+def test_two_branches_with_different_loras(sd3, loras, alone):  # noqa: F811
+    graft, _ = sd3
+    first, second = with_lora(graft, loras[0]), with_lora(graft, loras[1])
+    both = with_lora(first, loras[1], 0.5)
+    for name, branch in (("second", second), ("both", both), ("first", first), ("none", graft), ("second", second)):
+        assert torch.equal(sample(branch, SD3), alone[name]), name
+
+
+def test_a_clone_keeps_its_loras_when_its_parent_gets_another(sd3, loras, alone):  # noqa: F811
+    graft, _ = sd3
+    parent = with_lora(graft, loras[0])
+    child = parent.clone()
+    parent.add_patches({}, 1.0)
+    grandchild = with_lora(child, loras[1], 0.5)
+    assert torch.equal(sample(child, SD3), alone["first"])
+    assert torch.equal(sample(grandchild, SD3), alone["both"])
+    assert child.residuals is not parent.residuals
+
+
+def test_a_strength_change_reloads_nothing(sd3, loras):  # noqa: F811
+    graft, _ = sd3
+    weak, strong = with_lora(graft, loras[0], 0.2), with_lora(graft, loras[0], 0.9)
+    for branch in (weak, strong):
+        sample(branch, SD3)
+        assert branch.patches_uuid == graft.patches_uuid
+        assert not branch.patches
+    assert weak.get_additional_models()[0] is strong.get_additional_models()[0], "the factors were built anew"
+
+
+def test_strengths_add_up_as_in_comfyui(sd3, loras):  # noqa: F811
+    graft, dense = sd3
+    base, ours = sample(dense, SD3), sample(graft, SD3)
+    for strength in (-0.7, 0.4, 1.6):
+        want = sample(with_lora(dense, loras[0], strength), SD3) - base
+        assert distance(sample(with_lora(graft, loras[0], strength), SD3) - ours, want) < 1e-4
+
+
+def test_a_strength_of_zero_is_the_base(sd3, loras, alone):  # noqa: F811
+    graft, _ = sd3
+    zero = graft.clone()
+    from comfy.lora import load_lora, model_lora_keys_unet
+
+    zero.add_patches(load_lora(loras[0], model_lora_keys_unet(graft.model, {})), 0.0)
+    assert torch.equal(sample(zero, SD3), alone["none"])
+
+
+def test_scheduled_loras_of_hooks(sd3, loras):  # noqa: F811
+    """A LoRA that hangs on a conditioning: city96's pack crashes here."""
+    graft, dense = sd3
+    results = {}
+    for name, model in (("graft", graft), ("dense", dense)):
+        outputs = []
+        for strength in (0.0, 0.8):
+            hooks = comfy.hooks.create_hook_lora(loras[0], strength_model=strength, strength_clip=0.0)
+            outputs.append(_sample_hooked(model, hooks))
+        results[name] = outputs[1] - outputs[0]
+        assert torch.equal(_sample_hooked(model, None), sample(model, SD3)), f"{name}: the hook left something behind"
+    assert results["dense"].norm() > 0
+    assert distance(results["graft"], results["dense"]) < 1e-4
+
+
+def _sample_hooked(model, hooks):
+    import nodes
+
+    positive, negative = SD3.conditioning(1), SD3.conditioning(2)
+    if hooks is not None:
+        positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+    latent = {"samples": torch.zeros(SD3.latent)}
+    return nodes.common_ksampler(model, 3, 1, 1.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+
+def test_bytes_are_never_written(sd3, loras):  # noqa: F811
+    graft, _ = sd3
+    before = fingerprint(graft)
+    sample(with_lora(graft, loras[0]), SD3)
+    with pytest.raises(Exception, match="never written to"):
+        next(iter(graft.graft.layers.values())).set_weight(torch.zeros(1))
+    assert fingerprint(graft) == before
