@@ -44,6 +44,8 @@ class PackedLayer(nn.Module):
         backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
     """
 
+    weight: torch.Tensor
+    bias: Any  # a tensor or None: torch's own layers do not agree on how to declare it
     fmt: Format | None = None
     logical_shape: torch.Size
     residual: RunningResidual | None = None
@@ -159,7 +161,6 @@ class ConvMath(PackedLayer):
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
     _conv_forward: Callable[..., torch.Tensor]
 
     def compute(
@@ -228,7 +229,7 @@ class EmbeddingMath(PackedLayer):
         return F.embedding(x, weight.to(self.dtype))
 
 
-class _Hostless:
+class _Hostless(PackedLayer):
     """Builds an empty layer: shapes and settings, no memory for a weight that a file will bring."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -239,10 +240,10 @@ class _Hostless:
 
     def take_shape(self, device: torch.device | str | None = None) -> None:
         """Note the logical shape and let go of the placeholder weight."""
-        self.logical_shape = self.weight.shape  # type: ignore[has-type]
-        self.weight = None
-        if getattr(self, "bias", None) is not None:
-            self.bias = nn.Parameter(torch.zeros(self.bias.shape, device=device), requires_grad=False)  # type: ignore[has-type]
+        self.logical_shape = self.weight.shape
+        self.register_parameter("weight", None)
+        if self.bias is not None:
+            self.bias = nn.Parameter(torch.zeros(self.bias.shape, device=device), requires_grad=False)
 
 
 class Linear(_Hostless, LinearMath, nn.Linear):

@@ -53,7 +53,7 @@ class PackedTensor(torch.Tensor):
         self.fmt = fmt
         return self
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weights as an ordinary tensor of the same shape, in `dtype` or the one that is shown."""
         return dequantize(self.packed, self.fmt, self.shape, dtype or self.dtype)
 
@@ -66,7 +66,7 @@ class PackedTensor(torch.Tensor):
         """The same format around other bytes."""
         return PackedTensor(packed, self.fmt, self.shape if shape is None else shape, self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedTensor({self.fmt.name}, {list(self.shape)}, {self.dtype}, {self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
