@@ -1,130 +1,261 @@
-"""What happened to a LoRA file, in one line: how much of it reached the model, and why not more."""
+"""What a LoRA file came to: one line each, and on a miss the count, three examples and the likely cause."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-# what follows the module's name in a key, in every dialect
-_FACTORS = re.compile(
-    r"\.(lora_(up|down|mid|A|B|E|magnitude_vector)(\.[^.]+)?(\.weight|\.bias)?|lora\.(up|down)\.weight|"
-    r"lora_linear_layer\.(up|down)\.weight|alpha|dora_scale|hada_\w+|lokr_\w+|glora_\w+|[ab][12]\.weight|oft_\w+|"
-    r"diff|diff_b|diff_m|set_weight|w_norm|b_norm|reshape_weight|scale|norm|bias|weight)$"
-    r"|_lora\.(up|down)\.weight$|\.lora_[AB]$"
+EXAMPLES = 3
+
+
+class Family(NamedTuple):
+    """An architecture by the names of its modules.
+
+    Attributes:
+        name: as people call it.
+        pattern: found in some module's name of a model or an adapter file, kohya's flattening included.
+        hosts: how the names of the hosts' own classes for it begin, in lower case.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    hosts: tuple[str, ...]
+
+
+def _family(name: str, pattern: str, *hosts: str) -> Family:
+    # kohya writes _ for every dot
+    return Family(name, re.compile(pattern.replace(r"\.", "[._]")), hosts or (name.lower(),))
+
+
+FAMILIES = (
+    _family("Stable Cascade", r"lora_prior_unet_", "stable_cascade"),
+    _family("HunyuanVideo", r"double_blocks\.\d+\.(?:img_attn_qkv|img_mod\.linear|txt_mlp\.fc1)", "hunyuanvideo"),
+    _family("HiDream", r"(?:double|single)_stream_blocks\.\d", "hidream"),
+    _family("Flux", r"(?:double_blocks\.\d+\.(?:img|txt)_|double_blocks\.\d+\.processor|single_transformer_blocks\.\d)",
+            "flux", "chroma", "longcat"),
+    _family("Flux", r"single_blocks\.\d+\.(?:linear|modulation|processor)", "flux", "chroma", "longcat"),
+    _family("Qwen-Image", r"transformer_blocks\.\d+\.(?:img|txt)_m(?:lp|od)", "qwenimage"),
+    _family("SD3", r"joint_blocks\.\d|transformer_blocks\.\d+\.(?:attn\.add_[qkv]|norm1_context|ff_context)", "sd3"),
+    _family("Wan", r"blocks\.\d+\.(?:self_attn|cross_attn)\.[qkvo]\b|blocks\.\d+\.(?:self|cross)_attn_[qkvo]", "wan"),
+    _family("SDXL", r"(?:input_blocks\.[78]\.1|down_blocks\.2\.attentions\.\d|mid_block\.attentions\.0|middle_block\.1)"
+            r"\.transformer_blocks\.[1-9]|lora_te2_text_model", "sdxl", "ssd1b", "segmind", "koala"),
+    _family("SD1.5 or SD2", r"(?:input|output)_blocks\.\d+\.\d|(?:down|up)_blocks\.\d\.|mid_block\.|middle_block\.",
+            "sd15", "sd20", "sd21", "sd1", "sd2"),
+    _family("Lumina 2", r"(?:noise|context)_refiner\.\d|layers\.\d+\.(?:feed_forward|attention)\.", "lumina", "zimage"),
+    _family("AuraFlow", r"(?:double|single)_layers\.\d|joint_transformer_blocks\.\d", "auraflow"),
+    _family("Mochi", r"blocks\.\d+\.attn\.(?:qkv_x|qkv_y|proj_x)", "genmo_mochi", "genmomochi"),
+    _family("LTX-Video", r"transformer_blocks\.\d+\.attn[12]\.", "ltxv", "pixart"),
+)  # fmt: skip
+"""The more particular before the more general."""
+
+
+def family_of(names: Iterable[str]) -> str:
+    """The architecture whose modules these are, or "" if it is none that we know."""
+    text = "\n".join(names)
+    return next((f.name for f in FAMILIES if f.pattern.search(text)), "")
+
+
+def family_of_host(name: str) -> str:
+    """The same from the name of a host's model class, or of our own family."""
+    plain = name.lower()
+    known = (f.name for f in FAMILIES if f.name == name or any(plain.startswith(h) for h in f.hosts))
+    return next(known, "")
+
+
+_FIELD = re.compile(
+    r"""(?x)
+    ( \.lora_(?:up|down|mid)\.weight | [._]lora\.(?:up|down)\.weight | \.lora_linear_layer\.(?:up|down)\.weight
+    | \.lora_[AB](?:\.[^.]+)?\.(?:weight|bias) | \.lora_[AB]
+    | \.(?:qkv|proj)_lora\d?\.(?:up|down)\.weight
+    | \.hada_(?:w[12]_[ab]|t[12]) | \.lokr_(?:w[12](?:_[ab])?|t2) | \.[ab][12]\.weight
+    | \.oft_blocks | \.oft_R(?:\.[^.]+)?(?:\.weight)? | \.rescale
+    | \.(?:alpha|dora_scale|reshape_weight|diff|diff_b|diff_m|set_weight|w_norm|b_norm)
+    | \.lora_magnitude_vector(?:\.[^.]+)*
+    )$"""
 )
-_TEXT_ENCODER = re.compile(r"^(lora_te\d?_|lora_prior_te_|text_encoder|text_encoders|te\d?[._]|clip_[lg]\.|t5xxl\.)")
-_RANKS = re.compile(r"\.(lora_down\.weight|lora_A(\.[^.]+)?\.weight|lora\.down\.weight|lora_A)$|_lora\.down\.weight$")
-
-# names of modules that one architecture has and the others have not
-_TRAINED_FOR = (
-    ("Flux", re.compile(r"double_blocks|single_blocks|single_transformer_blocks")),
-    ("SD3", re.compile(r"joint_blocks")),
-    ("SDXL", re.compile(r"(input_blocks|down_blocks)[._]\d.*transformer_blocks[._][2-9]|lora_te2_")),
-    ("SD1.5", re.compile(r"(input_blocks|down_blocks)[._]\d")),
-    ("Wan", re.compile(r"blocks[._]\d+[._](self_attn|cross_attn)")),
-    ("Qwen-Image or SD3", re.compile(r"transformer_blocks[._]\d+[._](attn|img_mlp)")),
-    ("HunyuanVideo", re.compile(r"(img_attn_qkv|individual_token_refiner)")),
-    ("LTX-Video or PixArt", re.compile(r"transformer_blocks[._]\d+[._]attn[12]")),
+_TEXT_ENCODER = re.compile(
+    r"^(?:lora_te\d?_|lora_prior_te|text_encoders?(?:_\d)?\.|te\d?\.|clip_[lgh]\.|t5xxl\.|base_model\.model\.text_model)"
 )
 
 
-def modules(keys: Iterable[str]) -> tuple[set[str], set[str]]:
-    """The modules that a file's keys speak of: ``(of the diffusion model, of text encoders)``."""
-    named = {_FACTORS.sub("", key) for key in keys if _FACTORS.search(key)}
-    text = {name for name in named if _TEXT_ENCODER.match(name)}
-    return named - text, text
+def split_name(key: str) -> tuple[str, str] | None:
+    """A tensor's name as ``(module, field)``, e.g. ``("lora_unet_img_in", ".lora_up.weight")``; None for others."""
+    found = _FIELD.search(key)
+    return (key[: found.start()], found.group(1)) if found and found.start() else None
 
 
-def trained_for(keys: Iterable[str]) -> str | None:
-    """The architecture that a file's module names point to, if they point to one."""
-    names = list(keys)
-    return next((what for what, pattern in _TRAINED_FOR if any(map(pattern.search, names))), None)
-
-
-def ranks(state: Mapping[str, torch.Tensor]) -> list[int]:
-    """The ranks of a file's low-rank pairs, the most frequent first."""
-    found = Counter(value.shape[0] for key, value in state.items() if value.ndim > 1 and _RANKS.search(key))
-    return [rank for rank, _ in found.most_common()]
+def is_text_encoder(module: str) -> bool:
+    """Whether a module's name in a file belongs to a text encoder."""
+    return _TEXT_ENCODER.match(module) is not None
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """One file on one model.
+    """What became of one file on one model.
 
     Attributes:
-        matched: layers of the model that an adapter of the file is on.
-        total: modules of the diffusion model that the file speaks of.
-        missed: names of those that the model does not have.
-        rejected: parameter names of the model with the reason why their adapter was not taken.
-        text_encoder: modules of text encoders, which a model-only load leaves alone.
-        model: what the host calls the model's architecture.
+        name: of the file.
+        strength: that it runs with.
+        matched, total: layers of the diffusion model that the file reaches, and that it speaks of.
+        what: its kind and rank, e.g. ``rank 16`` or ``DoRA, rank 8``.
+        missing: modules that the model does not have.
+        rejected: layers that the adapter does not fit, and why.
+        text_encoder: layers of text encoders that the file speaks of.
+        cause: why layers are missing, as far as one can tell.
+        model: what the model is.
     """
 
     name: str
     strength: float
     matched: int
     total: int
-    ranks: list[int] = field(default_factory=list)
-    missed: list[str] = field(default_factory=list)
-    rejected: dict[str, str] = field(default_factory=dict)
+    what: str = ""
+    missing: tuple[str, ...] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)
     text_encoder: int = 0
+    cause: str = ""
     model: str = ""
-    likely: str | None = None
 
     @classmethod
     def of(
-        cls, name: str, strength: float, state: Mapping[str, torch.Tensor], found: Mapping[object, object],
-        taken: Collection[object], rejected: Mapping[str, str], model: str,
-    ) -> FileReport:  # fmt: skip
-        """From a file's tensors, the patches that the host found in them, and those that the model took."""
-        wanted, text = modules(state)
-        claimed = {_FACTORS.sub("", key) for value in found.values() for key in getattr(value, "loaded_keys", ())}
-        missed = sorted(wanted - claimed) if claimed else sorted(wanted) if not found else []
+        cls,
+        name: str,
+        strength: float,
+        state: Mapping[str, torch.Tensor],
+        patches: Mapping[Any, Any],
+        taken: Collection[Any],
+        rejected: Mapping[str, str] | None = None,
+        model: str = "",
+    ) -> FileReport:
+        """From what a host's loader made of a file, and what the model took of that.
+
+        Args:
+            state: the file's tensors.
+            patches: the loader's result, by parameter or (parameter, part of it).
+            taken: those of its keys that the model took.
+            rejected: by parameter, why it did not take others.
+            model: its class, or a family's name.
+        """
+        rejected = dict(rejected or {})
+        modules = modules_of(state)
+        ours = {m: fields for m, fields in modules.items() if not is_text_encoder(m)}
+        loaded = _tensors_in(patches.values())
+        missing = tuple(m for m, fields in ours.items() if not any(id(state[k]) in loaded for k in fields.values()))
+        matched = len({_layer_of(key) for key in taken})
+        total = max(matched, len({_layer_of(key) for key in patches}) + len(missing))
         return cls(
-            name, strength, len(set(map(_layer, taken))), max(len(wanted), len(set(map(_layer, taken)))), ranks(state),
-            missed, dict(rejected), len(text), model, trained_for(state),
+            name, strength, matched, total, describe(state), missing, rejected, len(modules) - len(ours),
+            _cause(ours, missing, matched, model), family_of_host(model) or model,
         )  # fmt: skip
 
     @property
     def line(self) -> str:
-        """``style.safetensors ×0.80: 304/304 layers, rank 16``, or what is wrong and the likely cause."""
-        head = f"{self.name} ×{self.strength:.2f}:"
+        """``style.safetensors ×0.80: 304/304 layers, rank 16``; a reason where nothing fits."""
         if not self.matched:
-            return f"{head} {self._nothing()}"
-        parts = [f"{self.matched}/{self.total} layers"]
-        if self.ranks:
-            parts.append(f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {min(self.ranks)} to {max(self.ranks)}")
-        if self.text_encoder:
-            parts.append(f"{self.text_encoder} of text encoders left to CLIP")
-        return f"{head} {', '.join(parts)}"
-
-    def _nothing(self) -> str:
-        if not self.total and self.text_encoder:
-            return f"has only text encoder layers ({self.text_encoder}): load it with a node that also takes CLIP"
-        if not self.total:
-            return "holds no LoRA that ComfyUI or Graft knows: it may be a full model or an embedding"
+            return self._nothing()
+        head = f"{self.name} ×{self.strength:.2f}: {self.matched}/{self.total} layers"
+        head += f", {self.what}" if self.what else ""
+        if self.missing:
+            head += f"; {len(self.missing)} not in this model, such as {_examples(self.missing)}"
+            head += f" ({self.cause})" if self.cause else ""
         if self.rejected:
-            return f"no layer could be used: {next(iter(self.rejected.values()))}"
-        cause = f"trained for {self.likely}, model is {self.model}" if self.likely else f"not made for {self.model}"
-        return f"LoRA {cause} (0 of {self.total} layers match)"
+            head += f"; {len(self.rejected)} left out, such as {_examples(self._reasons())}"
+        return head
 
     @property
     def text(self) -> str:
-        """The line, and below it what did not fit: a count and three examples each."""
-        lines = [self.line]
-        if self.missed and self.matched:
-            lines.append(f"  {len(self.missed)} not in this model: {', '.join(self.missed[:3])}")
-        if self.rejected and self.matched:
-            examples = "; ".join(f"{key}: {why}" for key, why in list(self.rejected.items())[:3])
-            lines.append(f"  {len(self.rejected)} rejected: {examples}")
-        return "\n".join(lines)
+        """The line, and another for what the file holds for text encoders."""
+        if not self.text_encoder or not self.matched:
+            return self.line
+        return f"{self.line}\n  {self.text_encoder} layers of text encoders in it are for a CLIP loader"
+
+    def _reasons(self) -> list[str]:
+        return [f"{key}: {why}" for key, why in self.rejected.items()]
+
+    def _nothing(self) -> str:
+        if not self.total and self.text_encoder:
+            return (
+                f"{self.name} is for a text encoder only ({self.text_encoder} layers): "
+                "load it with a node that has a CLIP input"
+            )
+        if not self.total:
+            return f"{self.name} holds no adapter that is known here: is it a LoRA?"
+        cause = self.cause or "it does not fit this model"
+        if self.rejected:
+            return f"{self.name}: 0 of {self.total} layers fit, such as {_examples(self._reasons())}"
+        return f"{self.name}: {cause} (0 of {self.total} layers match), such as {_examples(self.missing)}"
 
 
-def _layer(key: object) -> str:
-    """The layer of a patch's key, which a slice or a function may accompany."""
-    name = key if isinstance(key, str) else key[0]  # type: ignore[index]
-    return f"{name.rpartition('.')[0]}{'' if isinstance(key, str) else key[1]}"  # type: ignore[index]
+def modules_of(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+    """The modules that a file speaks of: ``{module: {field: key}}``, in its order."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in state:
+        split = split_name(key)
+        if split is not None:
+            modules.setdefault(split[0], {})[split[1]] = key
+    return modules
+
+
+_DOWN = re.compile(r"(?:\.lora_down\.weight|\.lora_A(?:\.[^.]+)?(?:\.weight)?|(?:lora\d?|layer)\.down\.weight)$")
+_KINDS = (
+    ("LoHa", ".hada_w1_a"), ("LoKr", ".lokr_w"), ("GLoRA", ".a1.weight"), ("OFT", ".oft_"), ("full", ".diff"),
+    ("DoRA", ".dora_scale"), ("DoRA", ".lora_magnitude_vector"),
+)  # fmt: skip
+
+
+def describe(state: Mapping[str, torch.Tensor]) -> str:
+    """Kinds and ranks of a file: ``rank 16``, ``DoRA, rank 4 to 32``, ``LoKr``."""
+    parts = []
+    for kind, mark in _KINDS:
+        if kind not in parts and any(mark in key and not key.endswith((".diff_b", ".diff_m")) for key in state):
+            parts.append(kind)
+    ranks = {state[k].shape[0] for k in state if (_DOWN.search(k) or k.endswith(".hada_w1_b")) and state[k].dim()}
+    if ranks:
+        low, high = min(ranks), max(ranks)
+        parts.append(f"rank {low}" if low == high else f"rank {low} to {high}")
+    return ", ".join(parts)
+
+
+def _tensors_in(values: Iterable[Any]) -> set[int]:
+    """Identities of all tensors in a loader's patches."""
+    found: set[int] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            found.add(id(value))
+        elif isinstance(value, (tuple, list)):
+            stack += value
+        elif hasattr(value, "weights"):
+            stack += value.weights
+        elif hasattr(value, "__dict__"):
+            stack += vars(value).values()
+    return found
+
+
+def _layer_of(key: Any) -> Any:
+    """A layer, or the part of one, whose weight or bias `key` names."""
+    name, *part = (key,) if isinstance(key, str) else key
+    return (name.removesuffix(".weight").removesuffix(".bias"), *(p for p in part if not callable(p)))
+
+
+def _cause(modules: Iterable[str], missing: Sequence[str], matched: int, model: str) -> str:
+    if not missing:
+        return ""
+    trained, running = family_of(modules), family_of_host(model) or model
+    if trained and running and trained != running:
+        return f"trained for {trained}, model is {running}"
+    if matched:
+        return f"the file is for another version of {trained}" if trained else ""
+    return f"its names are not those of {running}" if running else ""
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:EXAMPLES]) + (", …" if len(names) > EXAMPLES else "")
+
+
+__all__ = ["FileReport", "describe", "family_of", "is_text_encoder", "modules_of", "split_name"]

@@ -45,7 +45,7 @@ def loha(r: Sampler, shape: Shape, rank: int = 2, dora=None) -> Value:
 
 
 def loha_tucker(r: Sampler, shape: Shape, rank: int = 2) -> Value:
-    halves = [(r(rank, shape[0]), r(rank, shape[1]), r(rank, rank, *shape[2:])) for _ in range(2)]
+    halves = [(r(rank, shape[0]), r(rank, shape[1]), r(rank, rank, *shape[2:], scale=2.0)) for _ in range(2)]
     (w1_a, w1_b, t1), (w2_a, w2_b, t2) = halves
     return ("loha", (w1_a, w1_b, 1.0, w2_a, w2_b, t1, t2, None))
 
