@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 CATEGORY = "Graft"
+
+WEB = Path(__file__).resolve().parent.parent / "web"
+"""What the front end is served: help pages by node id."""
 
 
 def result(outputs: tuple, text: str, unique_id: str | None = None) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""A ComfyUI process with this pack, on models of its own, driven over HTTP as a browser does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMFYUI = Path(os.environ["COMFYUI_PATH"])
+
+# conditioning and latent without a text encoder: what the in-process tests use
+TEST_NODES = """
+import sys
+sys.path[:0] = [{tests!r}, {here!r}]
+
+
+class TestConditioning:
+    RETURN_TYPES = ("CONDITIONING", "LATENT")
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{"required": {{"architecture": ("STRING", {{}}), "seed": ("INT", {{}})}}}}
+
+    def make(self, architecture, seed):
+        import torch
+        from architectures import ARCHITECTURES
+
+        chosen = ARCHITECTURES[architecture]
+        return chosen.conditioning(seed), {{"samples": torch.zeros(chosen.latent)}}
+
+
+NODE_CLASS_MAPPINGS = {{"TestConditioning": TestConditioning}}
+"""
+
+
+class Server:
+    """Started by the constructor, which returns when the server listens; ended by `stop`."""
+
+    def __init__(self, base: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+        (base / "custom_nodes" / "graft").symlink_to(ROOT, target_is_directory=True)
+        code = TEST_NODES.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent))
+        (base / "custom_nodes" / "test_nodes.py").write_text(code)
+        command = [
+            sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
+            "--database-url", "sqlite:///:memory:", "--disable-auto-launch",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=COMFYUI, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self.log: list[str] = []
+        self.output = base / "output"
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log.append(line)
+            if "To see the GUI go to" in line:
+                break
+        else:
+            raise AssertionError("the server did not start:\n" + "".join(self.log[-60:]))
+        # what is not read would fill the pipe and stop the server
+        threading.Thread(target=self._read_on, daemon=True).start()
+
+    def _read_on(self) -> None:
+        assert self.process.stdout is not None
+        self.log.extend(self.process.stdout)
+
+    def get(self, path: str) -> dict:
+        return asyncio.run(self._get(path))
+
+    async def _get(self, path: str) -> dict:
+        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{self.port}{path}") as answer:
+            return await answer.json()
+
+    def run(self, workflow: dict) -> dict:
+        """Queue a workflow in API format, wait for its end, and return its entry in the history."""
+        return asyncio.run(asyncio.wait_for(self._run(workflow), 240))
+
+    async def _run(self, workflow: dict) -> dict:
+        address = f"127.0.0.1:{self.port}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"ws://{address}/ws?clientId=test") as events:
+            body = {"prompt": workflow, "client_id": "test"}
+            async with session.post(f"http://{address}/prompt", json=body) as answer:
+                queued = await answer.json()
+                assert answer.status == 200, queued
+            async for event in events:
+                if event.type != aiohttp.WSMsgType.TEXT:
+                    continue
+                message = event.json()
+                data = message.get("data", {})
+                # the last message of a prompt, after its history has been written
+                ended = message["type"] == "executing" and data.get("node") is None
+                if ended and data.get("prompt_id") == queued["prompt_id"]:
+                    break
+        history = await self._get(f"/history/{queued['prompt_id']}")
+        return history[queued["prompt_id"]]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
