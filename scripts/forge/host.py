@@ -134,4 +134,4 @@ def _name() -> str:
         version = importlib.import_module("modules_forge.forge_version").version
     except (ImportError, AttributeError):
         return "Forge"
-    return f"Forge {version}"
+    return f"Forge f{version}"

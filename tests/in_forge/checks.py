@@ -19,7 +19,7 @@ import bootstrap
 import gguf
 import numpy as np
 import torch
-from backend import memory_management, operations, operations_gguf, utils
+from backend import memory_management, operations, operations_gguf
 from backend.patcher.base import ModelPatcher
 from backend.patcher.lora import merge_lora_to_weight
 from graft.ops.adapters import Region
@@ -31,6 +31,7 @@ from torch import nn
 FILE, REPORT = bootstrap.ARGUMENTS
 ROWS, COLUMNS = 64, 512
 CPU = torch.device("cpu")
+TENSORS = {tensor.name: tensor for tensor in gguf.GGUFReader(FILE).tensors}
 ORIGINAL_FORWARD = operations.ForgeOperationsGGUF.Linear.forward
 ENGINE = Engine(detect())
 QUANTIZED = [t.name for t in operations_gguf.quants_mapping if t.name != "BF16"]
@@ -60,10 +61,10 @@ class OneLayer(nn.Module):
 
 def build(kind: str, bias: str = "bias.F32", dtype: torch.dtype = torch.float32) -> ModelPatcher:
     """A model whose weight is of type `kind`, loaded from the file by Forge's own code."""
-    tensors = utils.load_torch_file(FILE)
     with operations.using_forge_operations(device=CPU, dtype=dtype, bnb_dtype="gguf"):
         model = OneLayer()
-    state = {"linear.weight": tensors[kind], "linear.bias": tensors[bias]}
+    parameters = (operations_gguf.ParameterGGUF(TENSORS[name]) for name in (kind, bias))
+    state = dict(zip(("linear.weight", "linear.bias"), parameters, strict=True))
     state |= {"norm.weight": torch.ones(ROWS), "norm.bias": torch.zeros(ROWS)}
     model.load_state_dict(state)
     return ModelPatcher(model, CPU, CPU)
@@ -78,12 +79,10 @@ def load(patcher: ModelPatcher) -> nn.Module:
 
 def decoded(kind: str) -> torch.Tensor:
     """The weight in fp32, by the reference decode of Forge's vendored gguf."""
-    for tensor in gguf.GGUFReader(FILE).tensors:
-        if tensor.name == kind:
-            if tensor.tensor_type == gguf.GGMLQuantizationType.F16:
-                return torch.from_numpy(np.array(tensor.data, np.float32))
-            return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
-    raise KeyError(kind)
+    tensor = TENSORS[kind]
+    if tensor.tensor_type == gguf.GGMLQuantizationType.F16:
+        return torch.from_numpy(np.array(tensor.data, np.float32))
+    return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
 
 
 def activations(seed: int = 0) -> torch.Tensor:
@@ -344,7 +343,7 @@ def lora_delta(strength: float) -> torch.Tensor:
 def types_that_forge_cannot_decode_load_through_graft() -> None:
     x = activations()
     known = {t.name for t in gguf.GGMLQuantizationType}
-    foreign = [t.name for t in gguf.GGUFReader(FILE).tensors and ENGINE._added]
+    foreign = [t.name for t in ENGINE._added]
     assert {"IQ4_XS", "IQ4_NL", "IQ3_S", "IQ2_XXS", "IQ1_S"} <= set(foreign) <= known
     for kind in foreign:
         patcher = build(kind)

@@ -1,0 +1,239 @@
+"""Toy models and LoRAs for Forge, and a server that runs them. `import forge_toys` from any test."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import ROOT
+from gguf_samples import write_gguf
+from hosts import Host
+from PIL import Image
+from safetensors.torch import save_file
+
+WIDTH, DEPTH = 256, 2
+TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")
+EXTENSION = Path(__file__).parent / "in_forge" / "toy_extension"
+
+
+def flux_tensors(kind: str) -> dict[str, tuple[np.ndarray, str]]:
+    """Flux with blocks of type `kind`; as converters do it, the outer layers are F16 and F32, norms and biases F32."""
+    rng = np.random.default_rng(0)
+    tensors: dict[str, tuple[np.ndarray, str]] = {}
+
+    def linear(name: str, rows: int, columns: int, kind: str, gain: float = 1.0) -> None:
+        weight = rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
+        tensors[f"{name}.weight"] = weight, kind
+        tensors[f"{name}.bias"] = rng.standard_normal(rows, dtype=np.float32) * np.float32(0.02), "F32"
+
+    def norms(name: str) -> None:
+        for which in ("query_norm", "key_norm"):
+            tensors[f"{name}.{which}.scale"] = np.ones(WIDTH // 2, np.float32), "F32"
+
+    for name, columns in (("time_in", 256), ("guidance_in", 256), ("vector_in", 768)):
+        linear(f"{name}.in_layer", WIDTH, columns, "F16")
+        linear(f"{name}.out_layer", WIDTH, WIDTH, "F32")
+    linear("img_in", WIDTH, 64, "F16")
+    linear("txt_in", WIDTH, WIDTH, "F16")
+    linear("final_layer.linear", 64, WIDTH, "F32")
+    linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH, "F16")
+    for block in range(DEPTH):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{block}.{stream}"
+            linear(f"{name}_mod.lin", 6 * WIDTH, WIDTH, kind, 0.3)
+            linear(f"{name}_attn.qkv", 3 * WIDTH, WIDTH, kind)
+            linear(f"{name}_attn.proj", WIDTH, WIDTH, kind)
+            linear(f"{name}_mlp.0", 4 * WIDTH, WIDTH, kind)
+            linear(f"{name}_mlp.2", WIDTH, 4 * WIDTH, kind)
+            norms(f"{name}_attn.norm")
+        name = f"single_blocks.{block}"
+        linear(f"{name}.linear1", 7 * WIDTH, WIDTH, kind)
+        linear(f"{name}.linear2", WIDTH, 5 * WIDTH, kind)
+        linear(f"{name}.modulation.lin", 3 * WIDTH, WIDTH, kind, 0.3)
+        norms(f"{name}.norm")
+    return tensors
+
+
+def t5_tensors(kind: str) -> dict[str, tuple[np.ndarray, str]]:
+    """A T5 encoder under the names of llama.cpp, as all GGUF files of it have."""
+    rng = np.random.default_rng(1)
+
+    def normal(rows: int, columns: int) -> np.ndarray:
+        return rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5)
+
+    tensors = {"token_embd.weight": (normal(32128, WIDTH), "Q8_0")}
+    tensors["enc.blk.0.attn_rel_b.weight"] = normal(32, 4), "F32"
+    tensors["enc.output_norm.weight"] = np.ones(WIDTH, np.float32), "F32"
+    for block in range(2):
+        name = f"enc.blk.{block}"
+        shapes = {f"attn_{part}": (WIDTH, WIDTH) for part in "qkvo"}
+        shapes |= {"ffn_gate": (512, WIDTH), "ffn_up": (512, WIDTH), "ffn_down": (WIDTH, 512)}
+        tensors |= {f"{name}.{part}.weight": (normal(*shape), kind) for part, shape in shapes.items()}
+        tensors |= {f"{name}.{norm}.weight": (np.ones(WIDTH, np.float32), "F32") for norm in ("attn_norm", "ffn_norm")}
+    return tensors
+
+
+def _pair(rows: int, columns: int, seed: int, rank: int = 8, size: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up and down with a product of about `size` times the size of a toy layer's weights."""
+    random = torch.Generator().manual_seed(seed)
+    up, down = torch.randn(rows, rank, generator=random), torch.randn(rank, columns, generator=random)
+    return up * size / rank**0.5, down / columns**0.5
+
+
+def _kohya(name: str, rows: int, columns: int, seed: int) -> dict[str, torch.Tensor]:
+    up, down = _pair(rows, columns, seed)
+    return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(8.0)}
+
+
+def _diffusers(name: str, rows: int, columns: int, seed: int) -> dict[str, torch.Tensor]:
+    up, down = _pair(rows, columns, seed)
+    return {f"transformer.{name}.lora_B.weight": up, f"transformer.{name}.lora_A.weight": down}
+
+
+def write_loras(folder: Path) -> None:
+    """Four LoRAs: whole layers, slices of fused ones, what is not quantized, and the T5."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole: dict[str, torch.Tensor] = {}
+    for block in range(DEPTH):
+        whole |= _kohya(f"lora_unet_double_blocks_{block}_img_attn_qkv", 3 * WIDTH, WIDTH, 10 + block)
+        whole |= _kohya(f"lora_unet_double_blocks_{block}_txt_mlp_0", 4 * WIDTH, WIDTH, 20 + block)
+        whole |= _kohya(f"lora_unet_single_blocks_{block}_linear1", 7 * WIDTH, WIDTH, 30 + block)
+        whole |= _kohya(f"lora_unet_single_blocks_{block}_linear2", WIDTH, 5 * WIDTH, 40 + block)
+    save_file(whole, str(folder / "whole.safetensors"))
+    sliced: dict[str, torch.Tensor] = {}
+    for block in range(DEPTH):
+        for i, part in enumerate(("to_q", "to_k", "to_v")):
+            sliced |= _diffusers(f"transformer_blocks.{block}.attn.{part}", WIDTH, WIDTH, 50 + 3 * block + i)
+            sliced |= _diffusers(f"single_transformer_blocks.{block}.attn.{part}", WIDTH, WIDTH, 60 + 3 * block + i)
+        sliced |= _diffusers(f"single_transformer_blocks.{block}.proj_mlp", 4 * WIDTH, WIDTH, 70 + block)
+    save_file(sliced, str(folder / "sliced.safetensors"))
+    # Forge #1223: the layers that converters leave in F16 and F32, and a bias
+    plain = _kohya("lora_unet_img_in", WIDTH, 64, 80) | _kohya("lora_unet_final_layer_linear", 64, WIDTH, 81)
+    plain["diffusion_model.txt_in.diff_b"] = torch.full((WIDTH,), 0.2)
+    plain["diffusion_model.txt_in.diff"] = _pair(WIDTH, WIDTH, 82)[0] @ _pair(WIDTH, WIDTH, 82)[1]
+    save_file(plain, str(folder / "plain.safetensors"))
+    text: dict[str, torch.Tensor] = {}
+    for block in range(2):
+        for i, part in enumerate(("q", "v")):
+            name = f"lora_te2_encoder_block_{block}_layer_0_SelfAttention_{part}"
+            text |= _kohya(name, WIDTH, WIDTH, 90 + 2 * block + i)
+    save_file(text, str(folder / "text.safetensors"))
+
+
+def write_models(host: Host, folder: Path) -> None:
+    """Everything under Forge's ``models`` folder."""
+    (folder / "Stable-diffusion").mkdir(parents=True)
+    for kind in TYPES:
+        write_gguf(folder / "Stable-diffusion" / f"toy-{kind}.gguf", flux_tensors(kind))
+    (folder / "text_encoder").mkdir()
+    write_gguf(folder / "text_encoder" / "toy-t5.gguf", t5_tensors("Q8_0"), architecture="t5encoder")
+    write_loras(folder / "Lora")
+    done = host.run(str(EXTENSION.parent / "toys.py"), str(folder), timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+class Server:
+    """A running Forge with toy models, as a client of its API sees it."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.modules = [
+            str(folder / "models" / name)
+            for name in ("text_encoder/toy-clip.safetensors", "text_encoder/toy-t5.gguf", "VAE/toy-vae.safetensors")
+        ]
+
+    def call(self, path: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
+        """GET, or POST with a body; the answer as JSON."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error.code} {error.read().decode()[:2000]}") from None
+
+    def image(self, kind: str, prompt: str = "a toy", path: str = "txt2img", **fields: Any) -> tuple[np.ndarray, str]:
+        """One picture as ``uint8 [height, width, 3]``, and its infotext."""
+        overrides = {
+            "sd_model_checkpoint": f"toy-{kind}.gguf", "forge_additional_modules": self.modules,
+            **fields.pop("override_settings", {}),
+        }  # fmt: skip
+        body = {
+            "prompt": prompt, "seed": 1, "steps": 2, "width": 64, "height": 64, "cfg_scale": 1,
+            "sampler_name": "Euler", "scheduler": "Simple", "override_settings": overrides, **fields,
+        }  # fmt: skip
+        answer = self.call(f"/sdapi/v1/{path}", body)
+        picture = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
+        return np.asarray(picture.convert("RGB")), json.loads(answer["info"])["infotexts"][0]
+
+    def status(self) -> dict[str, Any]:
+        return self.call("/graft/status")
+
+    def calls(self) -> dict[str, int]:
+        """Layer calls by path since the start."""
+        found: dict[str, int] = {}
+        for entry in self.status()["calls"]:
+            found[entry["path"]] = found.get(entry["path"], 0) + entry["count"]
+        return found
+
+    def reload_ui(self) -> None:
+        """What the button at the bottom of the page does; returns when the new UI serves."""
+        before = self.call("/toy/starts")
+        with contextlib.suppress(OSError, ValueError, AssertionError):
+            self.call("/toy/reload", {})
+        self.wait(lambda: self.call("/toy/starts") > before)
+
+    def wait(self, ready: Any, seconds: float = 120) -> None:
+        """Ask until `ready()` is true; a server that is starting refuses connections."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, ValueError, AssertionError):
+                if ready():
+                    return
+            time.sleep(0.3)
+        raise AssertionError(f"the server was not ready within {seconds:.0f} s: see {self.folder / 'log.txt'}")
+
+
+@contextlib.contextmanager
+def serving(host: Host, folder: Path) -> Iterator[Server]:
+    """Forge with toy models in `folder` and this checkout as one of its extensions, for as long as the block runs."""
+    write_models(host, folder / "models")
+    extensions = folder / "extensions"
+    extensions.mkdir()
+    (extensions / "any-name-at-all").symlink_to(ROOT, target_is_directory=True)
+    shutil.copytree(EXTENSION, extensions / "toy", ignore=shutil.ignore_patterns("__pycache__"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(host.python), "webui.py", "--always-cpu", "--skip-torch-cuda-test", "--skip-version-check", "--api",
+        "--port", str(port), "--no-download-sd-model", "--data-dir", str(folder), "--no-hashing",
+    ]  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET"))}
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "SD_WEBUI_RESTARTING": "1"}
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=host.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+        server = Server(f"http://127.0.0.1:{port}", folder)
+        try:
+            server.wait(lambda: server.call("/toy/starts"))
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -1,0 +1,159 @@
+"""Graft in a running Forge: images made over its API with toy Flux GGUFs. One server serves every test here."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from forge import forge
+from forge_toys import TYPES, Server, serving
+from PIL import Image
+
+pytestmark = pytest.mark.host
+
+ALL_LORAS = "<lora:whole:0.7><lora:sliced:-0.6><lora:plain:0.8><lora:text:1.5>"
+OFF = {"override_settings": {"graft_mode": "off"}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    host = forge()
+    with serving(host, tmp_path_factory.mktemp("forge-server")) as running:
+        yield running
+
+
+@pytest.fixture
+def forge_online(server: Server) -> Iterator[None]:
+    """Forge's own LoRAs stay on the layers, where it applies them exactly; this is the reference."""
+    server.call("/toy/online?on=true", {})
+    yield
+    server.call("/toy/online?on=false", {})
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> int:
+    """Largest difference of two pictures, in 255ths."""
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_pixels_are_those_of_forges_online_mode(server: Server, forge_online: None, kind: str) -> None:
+    base, _ = server.image(kind)
+    digests, before = server.call("/toy/digests"), server.calls()
+    got, _ = server.image(kind, f"a toy {ALL_LORAS}")
+    during = server.calls()
+    again, _ = server.image(kind)
+    assert np.array_equal(again, base)  # the LoRAs are gone without a trace
+    assert server.call("/toy/digests") == digests and len(digests) == 26 + 14
+    # 11 layers of the transformer in each of two steps, 4 of the T5 once
+    assert during["residual"] - before.get("residual", 0) == 2 * 11 + 4 and "exact" not in during
+    theirs, infotext = server.image(kind, **OFF)
+    assert "Graft: off" in infotext and apart(base, theirs) <= 1
+    theirs, _ = server.image(kind, f"a toy {ALL_LORAS}", **OFF)
+    assert apart(got, base) > 8 and apart(got, theirs) <= 1
+
+
+def test_loras_are_reported_with_their_layers(server: Server) -> None:
+    server.image("Q4_K", f"a toy {ALL_LORAS}")
+    status = server.status()
+    assert status["active"] and status["facts"]["Checkpoint"] == "toy-Q4_K.gguf"
+    unet, text = status["parts"]
+    assert unet["types"] == {"Q4_K": 26, "F16": 6, "F32": 4} and unet["architecture"] == "FluxTransformer2DModel"
+    assert text["types"] == {"Q8_0": 14} and not unet["refused"] and not text["refused"]
+    found = {(lora["name"], lora["part"]): (lora["residual"], lora["layers"]) for lora in status["loras"]}
+    assert found == {
+        ("whole", "Diffusion model"): (8, 8), ("sliced", "Diffusion model"): (4, 4),
+        ("plain", "Diffusion model"): (4, 4), ("text", "Text encoders"): (4, 4),
+    }  # fmt: skip
+
+
+def test_loras_come_and_go(server: Server) -> None:
+    prompts = ("a toy <lora:whole:1>", "a toy <lora:sliced:1>", "a toy", "a toy <lora:whole:1>", "a toy <lora:whole:0>")
+    a, b, none, again, zero = (server.image("Q4_0", prompt)[0] for prompt in prompts)
+    assert np.array_equal(a, again) and np.array_equal(none, zero)
+    assert min(apart(a, b), apart(a, none), apart(b, none)) > 4
+
+
+def test_a_new_strength_patches_nothing(server: Server, forge_online: None) -> None:
+    server.image("Q6_K", "a toy <lora:whole:1>")
+    digests = server.call("/toy/digests")
+    got, _ = server.image("Q6_K", "a toy <lora:whole:0.37>")
+    assert server.call("/toy/digests") == digests
+    theirs, _ = server.image("Q6_K", "a toy <lora:whole:0.37>", **OFF)
+    assert apart(got, theirs) <= 1
+
+
+HIRES = {
+    "enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 1, "denoising_strength": 0.6,
+    "hr_additional_modules": ["Use same choices"],
+}  # fmt: skip
+
+
+def test_hires(server: Server, forge_online: None) -> None:
+    prompt = f"a toy {ALL_LORAS}"
+    got, _ = server.image("Q4_K", prompt, **HIRES)
+    theirs, _ = server.image("Q4_K", prompt, **HIRES, **OFF)
+    assert got.shape == (128, 128, 3) and apart(got, theirs) <= 1
+
+
+def test_img2img_and_batches(server: Server, forge_online: None) -> None:
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(picture, "PNG")
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    fields = {"init_images": [encoded], "denoising_strength": 0.7, "batch_size": 2}
+    got, _ = server.image("Q8_0", f"a toy {ALL_LORAS}", "img2img", **fields)
+    theirs, _ = server.image("Q8_0", f"a toy {ALL_LORAS}", "img2img", **fields, **OFF)
+    base, _ = server.image("Q8_0", "a toy", "img2img", **fields)
+    assert apart(got, theirs) <= 1 and apart(got, base) > 4
+
+
+def test_settings_travel_in_the_infotext(server: Server) -> None:
+    _, infotext = server.image("Q8_0")
+    assert "Graft: auto" in infotext and "Graft dtype" not in infotext
+    chosen = {"graft_mode": "on", "graft_dtype": "bf16", "graft_backend": "torch"}
+    got, infotext = server.image("Q8_0", "a toy <lora:whole:1>", override_settings=chosen)
+    assert re.search("Graft: on, Graft backend: torch, Graft dtype: bf16", infotext)
+    assert server.status()["settings"] == {"mode": "auto", "backend": "auto", "dtype": "auto"}
+    read = server.call("/toy/overrides", {"infotext": infotext})
+    assert {name: value for name, value in read.items() if name.startswith("graft_")} == chosen
+    exact, _ = server.image("Q8_0", "a toy <lora:whole:1>")
+    assert 0 < apart(got, exact) <= 8  # bf16 shows, and only a little
+
+
+def test_xyz_plot_has_our_axes(server: Server) -> None:
+    script = next(s for s in server.call("/sdapi/v1/script-info") if s["name"] == "x/y/z plot" and not s["is_img2img"])
+    arguments = [argument["value"] for argument in script["args"]]
+    axes = script["args"][0]["choices"]
+    assert {"Graft", "Graft backend", "Graft dtype"} <= set(axes)
+    arguments[:3] = [axes.index("Graft"), "", ["auto", "off"]]
+    arguments[3:9] = [axes.index("Nothing"), "", [], axes.index("Nothing"), "", []]
+    before = server.calls().get("forge", 0)
+    server.image("Q8_0", script_name="x/y/z plot", script_args=arguments)
+    assert server.calls()["forge"] > before
+    server.image("Q8_0")
+
+
+def test_reloading_the_ui_twice_changes_nothing(server: Server) -> None:
+    prompt = f"a toy {ALL_LORAS}"
+    first, _ = server.image("Q4_K", prompt)
+    start = server.calls()
+    second, _ = server.image("Q4_K", prompt + " ")
+    once = {path: count - start[path] for path, count in server.calls().items()}
+    for _ in range(2):
+        server.reload_ui()
+        start = server.calls()
+        again, _ = server.image("Q4_K", prompt + " ")
+        calls = {path: count - start[path] for path, count in server.calls().items()}
+        assert np.array_equal(again, second) and server.status()["active"]
+        # no layer runs twice; Forge may have kept the text's encoding, or not
+        assert calls["residual"] in (once["residual"], once["residual"] - 4) and set(calls) == set(once)
+    assert first.shape == second.shape
+
+
+def test_the_log_is_quiet(server: Server) -> None:
+    log = (server.folder / "log.txt").read_text()
+    assert "Graft is not active" not in log and "goes back to Forge" not in log and "left out" not in log
