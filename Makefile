@@ -35,7 +35,7 @@ readme: $(READY)  ## write the format matrix in README.md anew
 bench: test  ## every benchmark that runs without a GPU, after the tests
 	$(MAKE) bench-comfy bench-adapters
 
-bench-comfy: $(READY)  ## a step in ComfyUI, against city96/ComfyUI-GGUF (COMFYUI_PATH, COMFYUI_GGUF_PATH)
+bench-comfy: $(READY)  ## a step in ComfyUI, against city96/ComfyUI-GGUF (COMFYUI_PATH, COMFYUI_GGUF)
 	$(PY) benchmarks/bench_comfy.py $(ARGS)
 
 bench-adapters: $(READY)  ## what each kind of adapter costs beside its layer
