@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--bf16", action="store_true", help="compute in bf16 (both packs) instead of the host's choice")
+    parser.add_argument("--compute-dtype", default="auto", help="Graft's own setting, beside the host's choice for the peer")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--memory", nargs=2, metavar=("PACK", "FILE"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -62,7 +62,7 @@ def write_files(folder: Path, types: list[str]) -> None:
         write_model(ARCHITECTURES["flux"], type_name, folder / f"{type_name}.gguf")
 
 
-def load(pack: str, path: Path, classes: dict):
+def load(pack: str, path: Path, classes: dict, compute_dtype: str = "auto"):
     """A MODEL as the pack's own loader node returns it."""
     import folder_paths
 
@@ -72,7 +72,7 @@ def load(pack: str, path: Path, classes: dict):
         if str(path.parent) not in paths:
             folder_paths.folder_names_and_paths[key] = ([str(path.parent), *paths], set(extensions) | {".gguf"})
     if pack == "graft":
-        return classes["GraftUNETLoader"]().load(path.name)["result"][0]
+        return classes["GraftUNETLoader"]().load(path.name, compute_dtype=compute_dtype)["result"][0]
     return classes["UnetLoaderGGUF"]().load_unet(path.name)[0]
 
 
@@ -94,7 +94,7 @@ def flux_shapes() -> dict:
     return {f"diffusion_model.{k}": v for k, v in ARCHITECTURES["flux"].build().state_dict().items()}
 
 
-def seconds_a_step(model, steps: int = 2) -> float:
+def seconds_a_step(model, steps: int = 1) -> float:
     """Median time of the sampler's later steps: the first also loads the model."""
     import comfy.sample
     import torch
@@ -112,9 +112,9 @@ def seconds_a_step(model, steps: int = 2) -> float:
     return statistics.median(b - a for a, b in zip(times[1:-1], times[2:], strict=True))
 
 
-def measure(type_name: str, folder: Path, classes: dict, turns: int) -> list[dict]:
+def measure(type_name: str, folder: Path, classes: dict, turns: int, compute_dtype: str) -> list[dict]:
     """Rows of one type: median seconds a step of both packs with 0, 1 and 4 LoRAs."""
-    bases = {pack: load(pack, folder / f"{type_name}.gguf", classes) for pack in PACKS}
+    bases = {pack: load(pack, folder / f"{type_name}.gguf", classes, compute_dtype) for pack in PACKS}
     rows = []
     for count in LORAS:
         models = {pack: grafted(bases[pack], count) for pack in PACKS}
@@ -132,6 +132,12 @@ def peak_memory(pack: str, file: Path) -> float:
     command = [sys.executable, __file__, "--memory", pack, str(file)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(ran.stdout.strip().splitlines()[-1])
+
+
+def peak_resident() -> float:
+    """This process's peak resident GiB (getrusage would start from the parent's peak)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def table(rows: list[dict], memory: dict[tuple[str, str], float]) -> str:
@@ -152,6 +158,10 @@ def table(rows: list[dict], memory: dict[tuple[str, str], float]) -> str:
     return "\n".join(lines)
 
 
+def _own(compute_dtype: str) -> str:
+    return "" if compute_dtype == "auto" else f" (Graft: {compute_dtype})"
+
+
 def main() -> None:
     options = arguments()
     classes = start_comfyui(options.bf16)
@@ -160,12 +170,16 @@ def main() -> None:
     if options.memory:
         pack, file = options.memory
         seconds_a_step(grafted(load(pack, Path(file), classes), len(RANKS)), steps=1)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(peak_resident())
         return
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         folder = Path(temporary)
         write_files(folder, options.types)
-        rows = [row for type_name in options.types for row in measure(type_name, folder, classes, options.turns)]
+        rows = [
+            row
+            for type_name in options.types
+            for row in measure(type_name, folder, classes, options.turns, options.compute_dtype)
+        ]
         memory = {(p, t): peak_memory(p, folder / f"{t}.gguf") for t in options.types for p in PACKS}
     from importlib.metadata import version
 
@@ -173,7 +187,7 @@ def main() -> None:
 
     header = (
         f"ComfyUI {comfyui_version.__version__}, torch {version('torch')}, {torch.get_num_threads()} threads, "
-        f"{'bf16' if options.bf16 else 'fp32'} compute, medians of {options.turns} turns"
+        f"{'bf16' if options.bf16 else 'fp32'} compute{_own(options.compute_dtype)}, medians of {options.turns} turns"
     )
     text = f"{header}\n\n{table(rows, memory)}"
     print(text)

@@ -6,6 +6,7 @@
 `formats.py` is the table of types, `reference.py` the decode that everything is held to.
 """
 
+from . import compiled as _compiled  # noqa: F401  (registers the operators)
 from .backends import BACKENDS, Choice, choose
 from .dispatch import LowRank, decoded_rows, dequantize, embedding, linear
 from .errors import AdapterError, CorruptFile, GraftError, NoBackend, UnsupportedFormat

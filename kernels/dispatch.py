@@ -65,7 +65,7 @@ def _decode(data: torch.Tensor, fmt: Format, out: torch.Tensor, backend: str) ->
         cpu.decode(data, fmt, out)
     elif backend == "cpu":
         # libgguf writes fp32 only: pass through a scratch small enough to stay in cache
-        step = scratch.rows_per_chunk(out.device, out.shape[1], torch.float32)
+        step = scratch.rows_per_chunk(out.device, out.shape[1], torch.float32, scratch.STAGING_BYTES)
         for start in range(0, out.shape[0], step):
             part = out[start : start + step]
             wide = scratch.take(out.device, part.shape[0], part.shape[1], torch.float32, "decode")
@@ -105,6 +105,8 @@ def dequantize(
         NoBackend: the backend asked for cannot run here.
     """
     fmt = _as_format(fmt)
+    if torch.compiler.is_compiling() and fmt.is_quantized:
+        return torch.ops.graft.dequantize(data, fmt.name, list(shape), dtype, backend)
     count = math.prod(shape)
     if data.nbytes * fmt.block_size != count * fmt.type_size:
         raise CorruptFile(
@@ -134,6 +136,9 @@ def decoded_rows(
     The chunk lies in the reused scratch and is gone with the next step.
     """
     fmt = _as_format(fmt)
+    if torch.compiler.is_compiling():
+        yield slice(0, rows), _whole(data, fmt, (rows, columns), dtype, backend)
+        return
     if fmt.is_quantized and columns % fmt.block_size:
         # rows of a reshaped tensor that start inside a block: nothing to walk along
         yield slice(0, rows), dequantize(data, fmt, (rows, columns), dtype, backend)
@@ -214,6 +219,8 @@ def linear(
     """
     fmt = _as_format(fmt)
     n = data.shape[0] if rows is None else rows
+    if torch.compiler.is_compiling():
+        return _linear_in_graph(x, data, fmt, bias, residual, n, backend)
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[1] * n != _count(data, fmt):
         raise ValueError(f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}")
@@ -231,6 +238,20 @@ def linear(
     if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias)):
         _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend)
     return out.view(*x.shape[:-1], n)
+
+
+def _linear_in_graph(
+    x: torch.Tensor, data: torch.Tensor, fmt: Format, bias: torch.Tensor | None, low_rank: LowRank | None, rows: int,
+    backend: str,
+) -> torch.Tensor:  # fmt: skip
+    """`linear` as one node of a traced graph (`compiled.py`)."""
+    if low_rank is None:
+        return torch.ops.graft.linear(x, data, fmt.name, rows, bias, None, None, [], [], backend)
+    places = [number for start, first, _ in low_rank.ups for number in (start, first)]
+    ups = [up for _, _, up in low_rank.ups]
+    return torch.ops.graft.linear(
+        x, data, fmt.name, rows, bias, low_rank.down, low_rank.scale, ups, places, backend
+    )
 
 
 def _linear_in_triton(

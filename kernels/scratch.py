@@ -13,16 +13,23 @@ import torch
 
 # On a CPU a chunk should still be in the last-level cache when the matmul reads it; on a GPU it should
 # be large enough for the vendor's GEMM to reach full speed.
-CPU_BYTES = 12 << 20
+CPU_BYTES = 16 << 20
 GPU_BYTES = 64 << 20
+# what a decoder that writes fp32 passes through on its way to another dtype
+STAGING_BYTES = 6 << 20
 
 _local = threading.local()
 
 
-def rows_per_chunk(device: torch.device, columns: int, dtype: torch.dtype) -> int:
-    """How many rows of `columns` weights in `dtype` pass through the scratch at a time; at least one."""
-    budget = CPU_BYTES if device.type == "cpu" else GPU_BYTES
-    return max(1, budget // (columns * dtype.itemsize))
+def rows_per_chunk(device: torch.device, columns: int, dtype: torch.dtype, limit: int | None = None) -> int:
+    """How many rows of `columns` weights in `dtype` pass through the scratch at a time; at least one.
+
+    `limit` is in bytes; by default the device's.
+    """
+    limit = limit or (CPU_BYTES if device.type == "cpu" else GPU_BYTES)
+    rows = max(1, limit // (columns * dtype.itemsize))
+    # whole tiles of the GEMM, where there are several
+    return rows if rows < 64 else rows - rows % 64
 
 
 def take(device: torch.device, rows: int, columns: int, dtype: torch.dtype, slot: str = "") -> torch.Tensor:

@@ -41,22 +41,26 @@ class HostLayer(PackedLayer):
                 f"the file brought no weight for a {type(self).__name__} of shape {list(self.logical_shape)}: "
                 "it is incomplete for this architecture, get it from another source"
             )
+        if not self.weight_function:
+            return self._bring(x.device)
         # the host's weight functions are meant for weights, not for their packed bytes
         functions, self.weight_function = self.weight_function, []
         try:
-            dtypes = {"dtype": self.weight.dtype, "bias_dtype": None if self.bias is None else self.bias.dtype}
-            if _OFFLOADABLE:
-                data, bias, handle = comfy.ops.cast_bias_weight(self, device=x.device, offloadable=True, **dtypes)
-            else:
-                data, bias = comfy.ops.cast_bias_weight(self, device=x.device, **dtypes)
+            data, bias, release = self._bring(x.device)
         finally:
             self.weight_function = functions
-        if functions:
-            dense = self.dequantized(data)
-            for function in functions:
-                dense = function(dense)
-            return dense, bias, _release(self, data, bias, handle) if _OFFLOADABLE else _nothing
-        return data, bias, _release(self, data, bias, handle) if _OFFLOADABLE else _nothing
+        dense = self.dequantized(data)
+        for function in functions:
+            dense = function(dense)
+        return dense, bias, release
+
+    def _bring(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, Callable[[], None]]:
+        bias_dtype = None if self.bias is None else self.bias.dtype
+        wanted = {"dtype": self.weight.dtype, "device": device, "bias_dtype": bias_dtype}
+        if not _OFFLOADABLE:
+            return *comfy.ops.cast_bias_weight(self, **wanted), _nothing
+        data, bias, handle = comfy.ops.cast_bias_weight(self, offloadable=True, **wanted)
+        return data, bias, lambda: comfy.ops.uncast_bias_weight(self, data, bias, handle)
 
     def set_weight(self, weight: torch.Tensor, **kwargs: Any) -> None:
         """Where the host would write a patched weight: a packed one is never written to."""
@@ -70,10 +74,6 @@ class HostLayer(PackedLayer):
         if tuple(weight.shape) == tuple(self.logical_shape):
             return weight
         return self.dequantized(weight.to(self.weight.dtype))
-
-
-def _release(layer: nn.Module, data: torch.Tensor, bias: torch.Tensor | None, handle: Any) -> Callable[[], None]:
-    return lambda: comfy.ops.uncast_bias_weight(layer, data, bias, handle)
 
 
 def _nothing() -> None:
