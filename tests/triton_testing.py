@@ -17,6 +17,25 @@ INTERPRETED = launch.interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
+def _repair_dot() -> None:
+    """The interpreter multiplies bf16 matrices as the integers that it keeps them in: widen them first."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+if INTERPRETED:
+    _repair_dot()
+
+
 def rounded(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """fp32 numbers as the kernels write them: to nearest even, but the interpreter cuts bf16 off."""
     if dtype == torch.bfloat16 and INTERPRETED:

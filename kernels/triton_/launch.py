@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -163,14 +163,15 @@ def matmul(
     out: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tile: plan.Tile | None = None,
 ) -> None:
     """``out = x Wᵀ + bias + t upᵀ`` on the tensor cores: weights are rounded to x's dtype, sums are fp32.
 
-    Arguments are those of `matvec`, with t in x's dtype.
+    Arguments are those of `matvec`, with t in x's dtype; `tile` is another than the plan's.
     """
     (m, k), n = x.shape, out.shape[1]
-    tile = plan.tile(plan.architecture(x.device), m)
-    launch = matmul_launch(fmt, plan.Tile(tile.m, tile.n, _unit(k, tile.unit), tile.warps, tile.stages))
+    tile = tile or plan.tile(plan.architecture(x.device), m)
+    launch = matmul_launch(fmt, replace(tile, unit=_unit(k, tile.unit)))
     t, up, rank = _low_rank(residual)
     with _on(x.device):
         launch(

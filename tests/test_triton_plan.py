@@ -1,0 +1,138 @@
+"""Which kernel the plan takes, when Triton is refused and why, and that nothing happens before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from graft.kernels.formats import BY_NAME, FORMATS
+from graft.kernels.triton_ import choose, launch, plan, unavailable, warm
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "m", "kernel"),
+    [
+        ("sm_86", 1, "matvec"),
+        ("sm_86", 2, "matmul"),
+        ("sm_86", 128, "matmul"),
+        ("sm_86", 129, "dequantize"),
+        ("sm_90", 64, "matmul"),
+        ("sm_90", 65, "dequantize"),
+        ("sm_75", 1, "matvec"),
+        ("sm_75", 2, "dequantize"),
+        ("gfx1100", 32, "matmul"),
+        ("gfx1030", 2, "dequantize"),
+        ("xpu", 2, "dequantize"),
+    ],
+)
+def test_kernel_follows_rows_and_architecture(monkeypatch, architecture, m, kernel):
+    monkeypatch.setattr(plan, "architecture", lambda device: architecture)
+    assert choose(m, 3072, 3072, BY_NAME["Q4_K"], CUDA, torch.bfloat16) == kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "dtype"),
+    [("BF16", 3072, torch.bfloat16), ("F16", 3072, torch.float16), ("Q8_0", 3072, torch.float32)],
+)
+def test_what_has_no_fused_kernel_is_decoded(monkeypatch, name, k, dtype):
+    """Types that torch multiplies itself; fp32, which tensor cores would round."""
+    monkeypatch.setattr(plan, "architecture", lambda device: "sm_89")
+    assert choose(16, 3072, k, BY_NAME[name], CUDA, dtype) == "dequantize"
+
+
+@pytest.mark.parametrize(("unknown", "known"), [("sm_87", "sm_86"), ("sm_100", "sm_90"), ("sm_121", "sm_120")])
+def test_unknown_architecture_takes_the_next_older_row(unknown, known):
+    assert plan.tiles(unknown) is plan.tiles(known)
+
+
+@pytest.mark.parametrize("architecture", list(plan.FUSED))
+def test_tiles_grow_and_hold_their_rows(architecture):
+    rows = plan.tiles(architecture)
+    assert [row.m for row in rows] == sorted(row.m for row in rows)
+    for m in range(1, rows[-1].m + 1):
+        tile = plan.tile(architecture, m)
+        assert tile.m >= m and (tile.m == 16 or tile.m < 2 * m)
+
+
+def test_every_type_has_a_decode_function_and_the_others_say_so():
+    decodable = [fmt for fmt in FORMATS if fmt.triton]
+    assert len(decodable) == 24
+    for fmt in FORMATS:
+        reason = unavailable(torch.device("cpu"), fmt)
+        if fmt.triton:
+            assert callable(launch.dequantize_launch(fmt, max(fmt.block_size, 32)).constants["DECODE"].fn)
+            assert reason is None or not launch.interpreted()
+        else:
+            assert reason == f"there is no kernel for {fmt}"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As if the kernels were compiled; what is known about devices is forgotten before and after."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    for cached in (launch.unavailable, launch._probe):
+        cached.cache_clear()
+    yield monkeypatch
+    for cached in (launch.unavailable, launch._probe):
+        cached.cache_clear()
+
+
+def test_devices_that_triton_does_not_compile_for(compiled):
+    assert "CPU" in launch.unavailable(torch.device("cpu"))
+    assert "mps" in launch.unavailable(torch.device("mps"))
+
+
+def test_failed_trial_launch_is_a_reason(compiled):
+    def fail(*args):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    compiled.setattr(launch, "dequantize", fail)
+    compiled.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    reason = launch.unavailable(torch.device("meta")) or ""
+    assert "meta" in reason
+    compiled.setattr(launch.torch, "tensor", lambda *a, **k: torch.zeros(34, dtype=torch.uint8))
+    compiled.setattr(launch.torch, "empty", lambda *a, **k: torch.zeros(1, 32))
+    reason = launch.unavailable(CUDA)
+    assert reason == "a trial launch failed with RuntimeError: Please specify via CC."
+
+
+def test_wrong_trial_result_is_a_reason(compiled):
+    compiled.setattr(launch, "dequantize", lambda data, fmt, out: out.zero_())
+    compiled.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    compiled.setattr(launch.torch, "tensor", lambda *a, **k: torch.zeros(34, dtype=torch.uint8))
+    compiled.setattr(launch.torch, "empty", lambda *a, **k: torch.zeros(1, 32))
+    assert "wrong result" in launch.unavailable(CUDA)
+
+
+def test_old_triton_is_refused_on_blackwell_before_it_aborts(compiled):
+    compiled.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    compiled.setattr(launch.triton, "__version__", "3.2.0")
+    assert launch.unavailable(CUDA) == "Triton 3.2.0 does not know sm_120: update it to 3.3 or later"
+
+
+def test_warm_compiles_each_type_once(compiled):
+    seen = []
+    compiled.setattr(launch.Launch, "compile", lambda self, *args: seen.append(self.constants["DECODE"]))
+    lines: list[str] = []
+    fmts = [BY_NAME[name] for name in ("Q4_K", "F32", "Q4_K", "BF16", "IQ4_XS")]
+    warm(fmts, torch.device("cpu"), torch.bfloat16, lines.append)
+    assert lines == ["compiling kernels for Q4_K", "compiling kernels for IQ4_XS"]
+    assert len(set(map(id, seen))) == 2
+
+
+def test_triton_is_imported_on_first_use_only():
+    code = (
+        "import sys, types; package = types.ModuleType('graft'); package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['graft'] = package\n"
+        "import torch; before = set(sys.modules)\n"
+        "import graft.kernels.dispatch\n"
+        "new = set(sys.modules) - before\n"
+        "assert not any(name.split('.')[0] == 'triton' or 'triton_' in name for name in new), new\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True)
