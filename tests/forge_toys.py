@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -27,15 +28,18 @@ from safetensors.torch import save_file
 
 WIDTH, DEPTH = 256, 2
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")
+MIXED = ("Q4_K", "Q4_0", "Q5_0", "Q6_K", "Q8_0", "IQ3_S")
 EXTENSION = Path(__file__).parent / "in_forge" / "toy_extension"
 
 
-def flux_tensors(kind: str) -> dict[str, tuple[np.ndarray, str]]:
-    """Flux with blocks of type `kind`; as converters do it, the outer layers are F16 and F32, norms and biases F32."""
+def flux_tensors(*kinds: str) -> dict[str, tuple[np.ndarray, str]]:
+    """Flux with the types `kinds` in turn in its blocks; the outer layers are F16 and F32, norms and biases F32."""
     rng = np.random.default_rng(0)
+    turn = itertools.cycle(kinds)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
 
-    def linear(name: str, rows: int, columns: int, kind: str, gain: float = 1.0) -> None:
+    def linear(name: str, rows: int, columns: int, kind: str | None = None, gain: float = 1.0) -> None:
+        kind = kind or next(turn)
         weight = rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
         tensors[f"{name}.weight"] = weight, kind
         tensors[f"{name}.bias"] = rng.standard_normal(rows, dtype=np.float32) * np.float32(0.02), "F32"
@@ -54,16 +58,16 @@ def flux_tensors(kind: str) -> dict[str, tuple[np.ndarray, str]]:
     for block in range(DEPTH):
         for stream in ("img", "txt"):
             name = f"double_blocks.{block}.{stream}"
-            linear(f"{name}_mod.lin", 6 * WIDTH, WIDTH, kind, 0.3)
-            linear(f"{name}_attn.qkv", 3 * WIDTH, WIDTH, kind)
-            linear(f"{name}_attn.proj", WIDTH, WIDTH, kind)
-            linear(f"{name}_mlp.0", 4 * WIDTH, WIDTH, kind)
-            linear(f"{name}_mlp.2", WIDTH, 4 * WIDTH, kind)
+            linear(f"{name}_mod.lin", 6 * WIDTH, WIDTH, gain=0.3)
+            linear(f"{name}_attn.qkv", 3 * WIDTH, WIDTH)
+            linear(f"{name}_attn.proj", WIDTH, WIDTH)
+            linear(f"{name}_mlp.0", 4 * WIDTH, WIDTH)
+            linear(f"{name}_mlp.2", WIDTH, 4 * WIDTH)
             norms(f"{name}_attn.norm")
         name = f"single_blocks.{block}"
-        linear(f"{name}.linear1", 7 * WIDTH, WIDTH, kind)
-        linear(f"{name}.linear2", WIDTH, 5 * WIDTH, kind)
-        linear(f"{name}.modulation.lin", 3 * WIDTH, WIDTH, kind, 0.3)
+        linear(f"{name}.linear1", 7 * WIDTH, WIDTH)
+        linear(f"{name}.linear2", WIDTH, 5 * WIDTH)
+        linear(f"{name}.modulation.lin", 3 * WIDTH, WIDTH, gain=0.3)
         norms(f"{name}.norm")
     return tensors
 
@@ -139,6 +143,7 @@ def write_models(host: Host, folder: Path) -> None:
     (folder / "Stable-diffusion").mkdir(parents=True)
     for kind in TYPES:
         write_gguf(folder / "Stable-diffusion" / f"toy-{kind}.gguf", flux_tensors(kind))
+    write_gguf(folder / "Stable-diffusion" / "toy-mixed.gguf", flux_tensors(*MIXED))
     (folder / "text_encoder").mkdir()
     write_gguf(folder / "text_encoder" / "toy-t5.gguf", t5_tensors("Q8_0"), architecture="t5encoder")
     write_loras(folder / "Lora")
@@ -192,10 +197,14 @@ class Server:
 
     def reload_ui(self) -> None:
         """What the button at the bottom of the page does; returns when the new UI serves."""
-        before = self.call("/toy/starts")
+        before = self.starts()
         with contextlib.suppress(OSError, ValueError, AssertionError):
-            self.call("/toy/reload", {})
-        self.wait(lambda: self.call("/toy/starts") > before)
+            self.call("/toy/reload", {}, timeout=5)
+        self.wait(lambda: self.starts() > before)
+
+    def starts(self) -> int:
+        """How often the UI has started; a server that is going away may never answer."""
+        return self.call("/toy/starts", timeout=5)
 
     def wait(self, ready: Any, seconds: float = 120) -> None:
         """Ask until `ready()` is true; a server that is starting refuses connections."""
@@ -222,14 +231,15 @@ def serving(host: Host, folder: Path) -> Iterator[Server]:
     command = [
         str(host.python), "webui.py", "--always-cpu", "--skip-torch-cuda-test", "--skip-version-check", "--api",
         "--port", str(port), "--no-download-sd-model", "--data-dir", str(folder), "--no-hashing",
+        "--gradio-allowed-path", str(folder), "--gradio-allowed-path", str(host.folder),
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET"))}
-    env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "SD_WEBUI_RESTARTING": "1"}
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "SD_WEBUI_RESTARTING": "1"}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=host.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
         server = Server(f"http://127.0.0.1:{port}", folder)
         try:
-            server.wait(lambda: server.call("/toy/starts"))
+            server.wait(server.starts)
             yield server
         finally:
             process.terminate()

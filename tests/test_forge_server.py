@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +154,70 @@ def test_reloading_the_ui_twice_changes_nothing(server: Server) -> None:
         # no layer runs twice; Forge may have kept the text's encoding, or not
         assert calls["residual"] in (once["residual"], once["residual"] - 4) and set(calls) == set(once)
     assert first.shape == second.shape
+
+
+CHROMIUM = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[Any]:
+    """A browser with Forge's page open on the tab."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the tab was not clicked: pip install playwright")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("the tab was not clicked: there is no chromium (apt install chromium)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=CHROMIUM)
+        opened = browser.new_page(viewport={"width": 1500, "height": 1000})
+        opened.set_default_timeout(60_000)
+        opened.goto(server.url)
+        opened.get_by_role("tab", name="Graft", exact=True).click()
+        yield opened
+        browser.close()
+
+
+def test_the_tab_in_a_browser(server: Server, page: Any) -> None:
+    server.image("mixed", f"a toy {ALL_LORAS}")
+    page.click("#graft_refresh")
+    loaded = page.locator("#graft_loaded")
+    loaded.get_by_text("whole ×0.7").wait_for()
+    assert "Graft runs the GGUF layers" in page.inner_text("#graft_status")
+    text = loaded.inner_text()
+    assert "FluxTransformer2DModel" in text and "Q4_K 5" in text and "IQ3_S 4" in text and "8/8" in text
+
+    page.locator("#graft_mode").get_by_label("off").check()
+    page.locator("#graft_status").get_by_text("Graft is off").wait_for()
+    assert server.status()["settings"]["mode"] == "off"
+    page.locator("#graft_mode").get_by_label("auto").check()
+    page.locator("#graft_status").get_by_text("Graft runs").wait_for()
+
+    page.click("#graft_verify_run")
+    page.wait_for_selector("#graft_verified .bars")
+    rows = page.locator("#graft_verified table tr").all_inner_texts()[1:]
+    found = {row.split("\t")[0]: row.split("\t")[2:] for row in rows}
+    assert {"Q4_K", "Q4_0", "Q5_0", "Q6_K", "Q8_0", "IQ3_S"} == set(found)
+    for kind, (beside, _merged, requantized, kept, *times) in found.items():
+        assert float(beside) < 1e-4 and float(times[1]) > 0, kind
+        assert (requantized == "–") == (kind in ("Q4_K", "Q6_K", "IQ3_S")), kind
+        assert kept == "–" or float(requantized) > 0.1, kind
+
+    for file, told in (("toy-mixed.gguf", "GGUF, flux"), ("sliced.safetensors", "LoRA on 14 modules")):
+        page.fill("#graft_file input", file)
+        page.get_by_role("option", name=file).click()
+        page.locator("#graft_contents").get_by_text(told).wait_for()
+    screenshot = server.folder / "tab.png"
+    page.locator("#tab_graft").screenshot(path=str(screenshot))
+    assert screenshot.stat().st_size > 50_000
+
+
+def test_the_settings_page_has_our_options(page: Any) -> None:
+    page.get_by_role("tab", name="Settings", exact=True).click()
+    page.locator("#settings").get_by_role("button", name="Graft", exact=True).click()
+    for label in ("LoRAs on GGUF models", "Kernels", "Computation dtype"):
+        page.locator("#settings_graft").get_by_text(label, exact=True).wait_for()
 
 
 def test_the_log_is_quiet(server: Server) -> None:

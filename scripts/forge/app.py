@@ -123,6 +123,7 @@ class App:
             ("Kernels", f"{backend_of(self.engine, device)} on {device}"),
             ("Checkpoint", self._checkpoint()),
             *self.engine.host.features.items(),
+            ("Added by Graft", ", ".join(self.engine.added) or "none"),
         ]
 
     def parts(self) -> list[Part]:

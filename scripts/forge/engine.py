@@ -160,6 +160,11 @@ class Engine:
         for model in list(self._models):
             self._bake_layers(model)
 
+    @property
+    def added(self) -> list[str]:
+        """GGUF types that Forge can load since Graft is there."""
+        return [self.host.types[number].__name__ for number in self._added]
+
     def configure(self, settings: Settings) -> bool:
         """Use other settings from the next layer call on; whether LoRAs have to be added to the model anew."""
         before, self.settings = self.settings, settings

@@ -103,6 +103,7 @@ def detect() -> Host:
     if missing := [name for name, found in needed.items() if not found]:
         raise NoForge(f"this Forge lacks {', '.join(missing)}: update Forge, or Graft")
     online = "OnlineLoRAPatch in weight_function" if hasattr(base, "OnlineLoRAPatch") else "forge_online_loras"
+    bakes = hasattr(memory, "bake_gguf_model")
     types = getattr(gguf, "quants_mapping", None) or getattr(gguf, "QUANTS_MAPPING", None) or {}
     return Host(
         name=_name(),
@@ -112,12 +113,12 @@ def detect() -> Host:
         decode=gguf.dequantize_tensor,
         types=types,
         type_of=type(next(iter(types))) if types else int,
-        memory=memory if hasattr(memory, "bake_gguf_model") else None,
+        memory=memory if bakes else None,
         operations=operations,
         features={
-            "LoRAs on the layers": online,
-            "packed bytes re-laid out at load": "yes, held back" if hasattr(memory, "bake_gguf_model") else "no",
-            "GGUF types of its own": f"{len(types)}",
+            "Forge's LoRA lists": online,
+            "Forge's re-layout": "held back: the weights stay the file's bytes" if bakes else "none",
+            "Forge's GGUF types": ", ".join(getattr(t, "name", str(t)) for t in types),
         },
     )
 

@@ -7,13 +7,16 @@ import math
 from collections.abc import Iterable, Sequence
 
 STYLE = """<style>
-.graft table{width:100%;border-collapse:collapse;font-size:.95em;margin:0}
-.graft th,.graft td{padding:.35em .7em;text-align:left;vertical-align:top}
-.graft th,.graft td{border-bottom:1px solid var(--border-color-primary)}
-.graft th{font-weight:600;color:var(--body-text-color-subdued)}
-.graft td.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.graft .note{color:var(--body-text-color-subdued);margin:.3em 0}
-.graft h4{margin:.8em 0 .3em}
+.graft table{width:100%;border-collapse:collapse;font-size:.95em;margin:0 0 .6em}
+.graft table,.graft table tr,.graft table th,.graft table td{border:none!important;background:none}
+.graft table tr{border-bottom:1px solid var(--border-color-primary)!important}
+.graft table th,.graft table td{padding:.3em .9em .3em 0;text-align:left;vertical-align:top}
+.graft table th{font-weight:600;color:var(--body-text-color-subdued)}
+.graft table .number{text-align:right;font-variant-numeric:tabular-nums}
+.graft table td.number{white-space:nowrap}
+.graft table.facts td:first-child{color:var(--body-text-color-subdued);width:11em}
+.graft .note{color:var(--body-text-color-subdued);margin:.2em 0 .8em}
+.graft h4{margin:1em 0 .3em}
 .graft .good{color:#16a34a;font-weight:600}.graft .bad{color:#dc2626;font-weight:600}
 .graft .bars{display:grid;grid-template-columns:max-content 1fr;gap:.15em .8em;align-items:center;font-size:.9em}
 .graft .bars .type{grid-column:1/3;font-weight:600;margin-top:.5em}
@@ -40,15 +43,20 @@ def verdict(good: bool, text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:
-    """Rows of text; the columns whose index is in `numbers` are set to the right."""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=number' if i in numbers else ''}>{html.escape(str(v))}</td>" for i, v in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table>{f'<tr>{head}</tr>' if any(columns) else ''}{body}</table>"
+    """Rows of text under their headings; the columns whose index is in `numbers` are set to the right."""
+
+    def cells(tag: str, values: Sequence[object]) -> str:
+        classes = (' class="number"' if i in numbers else "" for i in range(len(values)))
+        return "".join(f"<{tag}{c}>{html.escape(str(v))}</{tag}>" for c, v in zip(classes, values, strict=True))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{cells('th', columns)}</tr>{body}</table>"
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> str:
+    """What is what."""
+    body = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
+    return f'<table class="facts">{body}</table>'
 
 
 def log_bars(groups: Iterable[tuple[str, Sequence[tuple[str, float | None, str, str]]]], floor: float = 1e-8) -> str:

@@ -85,7 +85,7 @@ def _chooser(desk: Desk, name: str) -> Callable[[str], tuple[str, str]]:
 
 def _status(desk: Desk) -> str:
     good, text = desk.headline()
-    return pictures.panel(pictures.verdict(good, text), pictures.table(("", ""), desk.facts()))
+    return pictures.panel(pictures.verdict(good, text), pictures.facts(desk.facts()))
 
 
 def _loaded(desk: Desk) -> str:
@@ -144,14 +144,15 @@ _PATHS = {
 def _counts(counts: Counter[tuple[str, str]]) -> str:
     if not counts:
         return pictures.note("None.")
-    rows = [(_PATHS[path], why, f"{count:,}") for (path, why), count in sorted(counts.items())]
-    return pictures.table(("path", "why", "calls"), rows, (2,))
+    rows = [(_PATHS[path] + (f": {why}" if why else ""), f"{count:,}") for (path, why), count in sorted(counts.items())]
+    return pictures.table(("path", "calls"), rows, (1,))
 
 
 _EXPLANATION = (
     f"Runs the largest layer of each type with a LoRA of rank {RANK} that changes its weights by {CHANGE:.0%}: beside "
-    "the weights, as Graft does it; merged into them for each step, Forge's online mode; and requantized, its offline "
-    "mode. The error is that of the LoRA's effect."
+    "the weights, as Graft does it; merged into them in each step, as Forge's online mode does; and merged and "
+    "quantized again, as its offline mode does. The errors are those of the LoRA's effect, the times are for "
+    f"{TOKENS} tokens."
 )
 
 
@@ -162,19 +163,19 @@ def _verified(desk: Desk) -> str:
         return pictures.panel(pictures.verdict(False, f"The comparison failed: {error}"))
     if not compared:
         return pictures.panel(pictures.note("No quantized layer is loaded: choose a GGUF checkpoint, make an image."))
-    columns = ("type", "layer", "error beside", "merged", "requantized", "effect kept by requantizing",
-               f"ms for {TOKENS} tokens, no LoRA", "beside", "merged")  # fmt: skip
+    columns = ("type", "layer", "error: beside", "merged", "requantized", "effect kept by requantizing",
+               "ms: no LoRA", "beside", "merged")  # fmt: skip
     return pictures.panel(
         pictures.note(_EXPLANATION),
         pictures.table(columns, map(_comparison_row, compared), range(2, 9)),
-        pictures.heading("Error of the LoRA's effect, logarithmic from 10⁻⁸ to 1"),
+        pictures.heading("Error of the LoRA's effect, on a logarithmic scale"),
         pictures.log_bars((f"{c.fmt} · {c.path}", _bars(c)) for c in compared),
     )
 
 
 def _comparison_row(c: Comparison) -> tuple[str, ...]:
     shape = "×".join(map(str, c.shape))
-    kept = c.refusal if c.kept is None else f"{c.kept:.2f}"
+    kept = "–" if c.kept is None else f"{c.kept:.2f}"
     times = (c.base_ms, c.residual_ms, c.merged_ms)
     return (
         c.fmt, f"{c.path} {shape}", _number(c.residual), _number(c.merged), _number(c.requantized), kept,
@@ -187,11 +188,10 @@ def _number(value: float | None) -> str:
 
 
 def _bars(c: Comparison) -> list[tuple[str, float | None, str, str]]:
-    refused = "Forge cannot: " + c.refusal if c.refusal else ""
     return [
         ("beside the weights (Graft)", c.residual, _OURS, f"{c.residual:.1e}"),
         ("merged (Forge online)", c.merged, _MERGED, _number(c.merged)),
-        ("requantized (Forge offline)", c.requantized, _REQUANTIZED, refused or _number(c.requantized)),
+        ("requantized (Forge offline)", c.requantized, _REQUANTIZED, c.refusal or _number(c.requantized)),
     ]
 
 
@@ -201,7 +201,7 @@ def _names(desk: Desk) -> list[str]:
 
 def _contents(desk: Desk, name: str | None) -> str:
     path = next((p for p in desk.files() if p.name == name), None)
-    return "" if path is None else pictures.panel(pictures.table(("", ""), inspection.inspect(path)))
+    return "" if path is None else pictures.panel(pictures.facts(inspection.inspect(path)))
 
 
 __all__ = ["Desk", "build"]

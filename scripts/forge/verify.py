@@ -151,7 +151,7 @@ def _forges(host: Host, trial: Trial, dtype: torch.dtype, into: Comparison) -> N
         into.merged_ms = _milliseconds(lambda: F.linear(half, merged(dtype)), trial.device)
         weight.gguf_cls.quantize_pytorch(merged(torch.float32), weight)
     except Exception as error:  # a Forge of another shape, or a type that it cannot write
-        into.refusal = "no" if isinstance(error, NotImplementedError) else str(error)
+        into.refusal = "Forge cannot do this" if isinstance(error, NotImplementedError) else str(error)
         return
     after = F.linear(trial.x, host.decode(weight).float())
     into.requantized, into.kept = trial.error(after, before), trial.kept(after, before)
