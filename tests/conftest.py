@@ -21,8 +21,10 @@ def bind(root: Path = ROOT, name: str = "graft") -> None:
 
 bind()
 sys.path.append(str(Path(__file__).parent))  # for `import oracle`: importlib mode leaves the path alone
-# pytest imports the root package of a conftest by its folder's name: give it one that does nothing
-sys.modules.setdefault(ROOT.name, types.ModuleType(ROOT.name))
+# pytest imports the root package of a conftest by its folder's name, or as `__init__` if that is no name that Python
+# could import: give it one that does nothing
+for name in (ROOT.name, "__init__"):
+    sys.modules.setdefault(name, types.ModuleType(name))
 if not torch.cuda.is_available():
     # read when Triton is imported. With a GPU the same tests compile the kernels and run them there
     os.environ.setdefault("TRITON_INTERPRET", "1")

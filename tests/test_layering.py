@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,3 +134,26 @@ def test_importing_is_quick_and_quiet():
     """Everything in kernels/ and ops/: under 0.3 s of processor time, nothing printed, no GPU, no Triton, no host."""
     ran = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+TEST = """
+import json
+from graft.kernels import by_name
+
+def test_table():
+    assert by_name(json.loads('"Q4_K"')).block_size == 256
+"""
+
+
+@pytest.mark.parametrize("name", ["a folder-1.0 (new)", "json"])
+def test_the_folder_may_have_any_name(name, tmp_path):
+    """Also one that Python could not import, and one that it would import something else for."""
+    checkout = tmp_path / name
+    shutil.copytree(ROOT / "kernels", checkout / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "tests").mkdir()
+    for file in ("__init__.py", "pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / file, checkout / file)
+    (checkout / "tests" / "test_table.py").write_text(TEST)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    ran = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0 and "1 passed" in ran.stdout, ran.stdout
