@@ -1,4 +1,4 @@
-"""Who may import whom: ``kernels <- ops <- {nodes, scripts}``, hosts at the edge, and what an import costs."""
+"""Who may import whom: ``kernels <- ops <- {nodes, scripts}``, the hosts at the edge, and what an import costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ FORGE = {"backend", "gradio", "ldm_patched", "modules", "modules_forge", "packag
 LAYERS = {
     "kernels": ({"kernels"}, {"torch"}),
     "ops": ({"kernels", "ops"}, {"torch", "safetensors"}),
-    "nodes": ({"kernels", "ops", "nodes"}, {"torch", "safetensors"} | COMFYUI),
+    "demo": ({"kernels", "ops", "demo"}, {"torch", "safetensors", "numpy", "PIL", "gguf", "libgguf"}),
+    "nodes": ({"kernels", "ops", "demo", "nodes"}, {"torch", "safetensors"} | COMFYUI),
     "scripts": ({"kernels", "ops", "scripts"}, {"torch", "safetensors"} | FORGE),
 }
 # what only one place may know
