@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI").__str__().split(os.pathsep)[0])
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", str(Path.home() / "ComfyUI")).split(os.pathsep)[0])
 PEER = Path(os.environ.get("COMFYUI_GGUF", Path.home() / "peers" / "ComfyUI-GGUF"))
 RANKS = (16, 32, 64, 32)
 LORAS = (0, 1, 4)
@@ -32,8 +33,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--bf16", action="store_true", help="compute in bf16 (both packs) instead of the host's choice")
-    parser.add_argument("--compute-dtype", default="auto", help="Graft's own setting, beside the host's choice for the peer")
+    parser.add_argument("--bf16", action="store_true", help="both packs compute in bf16, not in the host's choice")
+    parser.add_argument("--compute-dtype", default="auto", help="Graft's own setting; the peer takes the host's choice")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--memory", nargs=2, metavar=("PACK", "FILE"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -109,7 +110,7 @@ def seconds_a_step(model, steps: int = 1) -> float:
         model, torch.randn(latent.shape, generator=g), steps + 1, 1.0, "euler", "simple", condition, condition, latent,
         disable_pbar=True, callback=lambda *_: times.append(time.perf_counter()),
     )  # fmt: skip
-    return statistics.median(b - a for a, b in zip(times[1:-1], times[2:], strict=True))
+    return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
 
 def measure(type_name: str, folder: Path, classes: dict, turns: int, compute_dtype: str) -> list[dict]:
@@ -123,7 +124,8 @@ def measure(type_name: str, folder: Path, classes: dict, turns: int, compute_dty
             for pack in PACKS:
                 times[pack].append(seconds_a_step(models[pack]))
         rows.append({"type": type_name, "loras": count, **{pack: statistics.median(t) for pack, t in times.items()}})
-        print(f"  {type_name} {count} LoRAs: " + ", ".join(f"{p} {[round(t, 2) for t in ts]}" for p, ts in times.items()))
+        each = ", ".join(f"{pack} {[round(t, 2) for t in seconds]}" for pack, seconds in times.items())
+        print(f"  {type_name} {count} LoRAs: {each}")
     return rows
 
 
@@ -142,12 +144,13 @@ def peak_resident() -> float:
 
 def table(rows: list[dict], memory: dict[tuple[str, str], float]) -> str:
     lines = [
-        "| type | LoRAs | ComfyUI-GGUF, s a step | Graft, s a step | times its speed | cost of the LoRAs (theirs / ours) |",
+        "| type | LoRAs | ComfyUI-GGUF, s a step | Graft, s a step | times its speed | LoRAs cost (theirs / ours) |",
         "|---|---|---|---|---|---|",
     ]
     base = {row["type"]: row for row in rows if row["loras"] == 0}
     for row in rows:
-        cost = " / ".join(f"{row[p] / base[row['type']][p] - 1:+.0%}" for p in ("peer", "graft")) if row["loras"] else ""
+        none = base[row["type"]]
+        cost = " / ".join(f"{row[p] / none[p] - 1:+.0%}" for p in ("peer", "graft")) if row["loras"] else ""
         lines.append(
             f"| {row['type']} | {row['loras']} | {row['peer']:.2f} | {row['graft']:.2f} "
             f"| {row['peer'] / row['graft']:.2f} | {cost} |"
@@ -162,8 +165,20 @@ def _own(compute_dtype: str) -> str:
     return "" if compute_dtype == "auto" else f" (Graft: {compute_dtype})"
 
 
+def run_in_comfyui() -> None:
+    """Go on in ComfyUI's own Python, if this is another one."""
+    own = COMFYUI / "venv" / "bin" / "python"
+    python = Path(os.environ.get("COMFYUI_PYTHON") or (own if own.exists() else sys.executable))
+    for needed, variable in ((COMFYUI / "main.py", "COMFYUI_PATH"), (PEER / "nodes.py", "COMFYUI_GGUF")):
+        if not needed.is_file():
+            raise SystemExit(f"{needed} is not there: say where it is in {variable}")
+    if python.absolute() != Path(sys.executable).absolute():
+        os.execv(python, [str(python), __file__, *sys.argv[1:]])
+
+
 def main() -> None:
     options = arguments()
+    run_in_comfyui()
     classes = start_comfyui(options.bf16)
     import torch
 

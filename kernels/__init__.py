@@ -7,12 +7,12 @@
 """
 
 from . import compiled as _compiled  # noqa: F401  (registers the operators)
-from .backends import BACKENDS, Choice, choose
+from .backends import BACKENDS, Choice, choose, warm
 from .dispatch import LowRank, decoded_rows, dequantize, embedding, linear
 from .errors import AdapterError, CorruptFile, GraftError, NoBackend, UnsupportedFormat
 from .formats import FORMATS, Format, by_name, by_type
 
 __all__ = [
     "BACKENDS", "FORMATS", "AdapterError", "Choice", "CorruptFile", "Format", "GraftError", "LowRank", "NoBackend",
-    "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize", "embedding", "linear",
+    "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize", "embedding", "linear", "warm",
 ]  # fmt: skip

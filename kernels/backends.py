@@ -7,6 +7,7 @@ never by version or name of a device, and the reasons against the better ones ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, get_args
@@ -50,6 +51,19 @@ def _unavailable(name: str, device: torch.device, fmt: Format | None) -> str | N
     if name == "cpu":
         return cpu.unavailable(device, fmt)
     return None
+
+
+def warm(
+    fmts: Iterable[Format], device: torch.device, dtype: torch.dtype, progress: Callable[[str], None] | None = None
+) -> None:
+    """Compile now what the first step would otherwise wait for: the Triton kernels of `fmts`; else nothing.
+
+    `progress` is called with a line for each format.
+    """
+    compiled = [fmt for fmt in dict.fromkeys(fmts) if fmt.is_quantized and choose(device, fmt).name == "triton"]
+    backend = triton_backend() if compiled else ""
+    if not isinstance(backend, str):
+        backend.warm(compiled, device, dtype, progress)
 
 
 @functools.cache

@@ -130,7 +130,9 @@ def by_type(ggml_type: int, where: str = "") -> Format:
     found = BY_TYPE.get(ggml_type)
     suffix = f" ({where})" if where else ""
     if found is None:
-        raise UnsupportedFormat(f"GGUF type number {ggml_type} is unknown: update Graft, or get the model in another type{suffix}")
+        raise UnsupportedFormat(
+            f"GGUF type number {ggml_type} is unknown: update Graft, or get the model in another type{suffix}"
+        )
     if found.refusal:
         raise UnsupportedFormat(f"{found.name} {found.refusal}{suffix}")
     return found

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_detection
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 
@@ -73,9 +73,19 @@ def load_diffusion_model(
     patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice))
     for layer in patcher.model.graft.layers.values():
         layer.backend = backend
+    if choice.name == "triton":
+        _warm(file, patcher, device)
     make_savable(patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype, backend))
     return adopt(patcher)
+
+
+def _warm(file: GGUFFile, patcher: Any, device: torch.device) -> None:
+    """Compile the kernels of the file's types now, with progress on the node, and not in the first step."""
+    fmts = {tensor.fmt for tensor in file.tensors.values() if tensor.fmt.is_quantized}
+    bar = comfy.utils.ProgressBar(len(fmts))
+    dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    kernels.warm(fmts, torch.device(device), dtype, lambda line: bar.update(1))
 
 
 def _load_state_dict(state: Mapping[str, torch.Tensor], options: dict, disable_dynamic: bool) -> Any:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-import comfy.utils
 import folder_paths
-from safetensors import SafetensorError, safe_open
 
 from ..kernels import AdapterError
+from ..ops.lora_file import AdapterFile, load_adapters
 from ..ops.report import FileReport
 from . import node
 from .patcher import GraftPatcher
@@ -24,17 +24,17 @@ NONE = "None"
 
 
 class LoraFiles:
-    """The files of one node, read once: `state` by path, until the file changes."""
+    """The files of one node, read once and again when they change."""
 
     def __init__(self) -> None:
-        self._read: dict[str, tuple[Any, dict]] = {}
+        self._read: dict[str, tuple[Any, AdapterFile]] = {}
 
-    def state(self, path: str) -> dict:
-        """The file's tensors under the names that the host's key map knows; AdapterError if it cannot be read."""
+    def open(self, path: str) -> AdapterFile:
+        """The file; AdapterError if it cannot be read as adapters."""
         changed = node.file_state(path)
         known = self._read.get(path)
         if known is None or known[0] != changed:
-            known = self._read[path] = (changed, _read(path))
+            known = self._read[path] = (changed, load_adapters(path))
         return known[1]
 
     def keep(self, paths: set[str]) -> None:
@@ -42,21 +42,13 @@ class LoraFiles:
         self._read = {path: value for path, value in self._read.items() if path in paths}
 
 
-def _read(path: str) -> dict:
-    if not path.lower().endswith((".safetensors", ".sft")):
-        raise AdapterError(f"only safetensors files are read as LoRAs, others can run code: convert it, {path}")
-    try:
-        return comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"the LoRA file is damaged or no safetensors file ({error}): get it again, {path}") from error
-
-
-def apply_lora(model: Any, state: dict, name: str, strength: float) -> FileReport:
-    """Add one file's adapters to `model` (already a clone), through the host's own key map and loader.
+def apply_lora(model: Any, file: AdapterFile, name: str, strength: float) -> FileReport:
+    """Add a file's adapters to `model` (already a clone), through the host's own converters, key map and loader.
 
     Raises:
         AdapterError: nothing in the file fits the model.
     """
+    state = comfy.lora_convert.convert_lora(dict(file.state))
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(state, key_map, log_missing=False)
     rejected = model.rejected if isinstance(model, GraftPatcher) else {}
@@ -69,13 +61,8 @@ def apply_lora(model: Any, state: dict, name: str, strength: float) -> FileRepor
     return report
 
 
-def trigger_words(path: str) -> list[str]:
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """What the file says its trainer called the subject; the most frequent tags where it does not say."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return []
     phrase = metadata.get("modelspec.trigger_phrase") or metadata.get("ss_trigger_words")
     if phrase:
         return [w.strip() for w in phrase.split(",") if w.strip()]
@@ -151,9 +138,10 @@ class GraftLoraStack:
         if any(strength for _, strength, _ in rows):
             model = model.clone()
         for name, strength, _ in rows:
+            file = self._files.open(paths[name])
             if strength:
-                reports.append(apply_lora(model, self._files.state(paths[name]), name, strength).text)
-            words += trigger_words(paths[name])
+                reports.append(apply_lora(model, file, name, strength).text)
+            words += trigger_words(file.metadata)
         self._files.keep(set(paths.values()))
         text = "\n".join(reports) or "no LoRA is switched on"
         log.info("%s", text)

@@ -132,8 +132,13 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         stacks = [s for s in (self.residuals, *self.hook_residuals.values()) if s]
         return models + [self._factors_of(stack) for stack in stacks]
 
+    def build_residuals(self, stack: ResidualStack | None = None) -> torch.nn.ModuleList:
+        """Concatenate the factors of `stack`, or of this branch, or find them where an earlier build left them."""
+        stack = self.residuals if stack is None else stack
+        return stack.build(self.graft.layers, self.graft.factors, self._compute_dtype())
+
     def _factors_of(self, stack: ResidualStack) -> comfy.model_patcher.ModelPatcher:
-        module = stack.build(self.graft.layers, self.graft.factors, self._compute_dtype())
+        module = self.build_residuals(stack)
         patcher = getattr(module, "patcher", None)
         if patcher is None:
             patcher = comfy.model_patcher.ModelPatcher(module, self.load_device, self.offload_device)
@@ -172,7 +177,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         if not stack:
             yield
             return
-        stack.build(self.graft.layers, self.graft.factors, self._compute_dtype())
+        self.build_residuals(stack)
         with stack.active(self.graft.layers, device):
             yield
 

@@ -1,1 +1,10 @@
-"""GGUF files, packed layers and live adapters: everything that needs no host."""
+"""GGUF files, packed layers and live adapters: everything that needs no host.
+
+    open_gguf(path)         a memory-mapped model file
+    load_adapters(path)     a LoRA file of any trainer
+"""
+
+from .gguf_file import open_gguf
+from .lora_file import load_adapters
+
+__all__ = ["load_adapters", "open_gguf"]

@@ -465,6 +465,60 @@ class OFT(Adapter):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class InputOFT(Adapter):
+    """``W' = W Rᵀ`` in blocks of input columns: PEFT's OFT, ``F(x + s·x(R − I))``.
+
+    R is PEFT's default, five terms of Cayley's series, ``I + 2Q + 2Q² + 2Q³ + Q⁴`` with Q skew-symmetric.
+
+    Attributes:
+        upper: ``[number, b·(b − 1)/2]``, Q above its diagonal, row by row; one block may stand for all of them.
+    """
+
+    upper: torch.Tensor
+
+    kind: ClassVar[str] = "oft"
+    additive: ClassVar[bool] = False
+    from_output: ClassVar[bool] = False
+
+    @property
+    def block(self) -> int:
+        return (1 + math.isqrt(1 + 8 * self.upper.shape[1])) // 2
+
+    def check(self, shape: torch.Size) -> None:
+        _check_factors("OFT", oft_R=self.upper)
+        size = self.block
+        if size * (size - 1) // 2 != self.upper.shape[1] or size < 2:
+            raise AdapterError(f"oft_R is {times(self.upper.shape)}, which is no triangle: the file is damaged")
+        if len(shape) != 2:
+            raise AdapterError("PEFT's OFT on a convolution folds overlapping patches, which no weight can: left out")
+        count = self.upper.shape[0]
+        if shape[1] != count * size and (count != 1 or shape[1] % size):
+            raise AdapterError(f"{count} OFT blocks of {size} do not cover {shape[1]} input columns")
+
+    def _turn(self, columns: int) -> torch.Tensor:
+        """``R − I`` of every block."""
+        size = self.block
+        q = self.upper.new_zeros(self.upper.shape[0], size, size, dtype=torch.float64)
+        rows, cols = torch.triu_indices(size, size, 1)
+        q[:, rows, cols] = self.upper.double()
+        q = q - q.transpose(-1, -2)
+        square = q @ q
+        turn = 2 * q + 2 * square + 2 * square @ q + square @ square
+        turn = turn.expand(columns // size, -1, -1)
+        return turn if self.upper.dtype == torch.float64 else turn.float()
+
+    def tensors(self, current: Current) -> dict[str, torch.Tensor]:
+        return {"turn": self._turn(current.shape[1])}
+
+    def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return f(x + s * _in_blocks(x, p.turn))
+
+    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+        # row w of W becomes w R, as x becomes x R where W stands for its transpose
+        return _in_blocks(weight, self._turn(weight.shape[1]).transpose(-1, -2))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class BOFT(Adapter):
     """OFT as a product of m butterfly stages (Liu et al. 2024; LyCORIS).
 
@@ -1019,6 +1073,7 @@ def _product_shape(
 
 
 __all__ = [
-    "BOFT", "OFT", "Adapter", "Current", "Diff", "DoRA", "Factors", "GLoRA", "LoHa", "LoKr", "LoRA", "Merge",
-    "ModelDiff", "Opaque", "Operator", "Pad", "Padded", "Patch", "Permuted", "Region", "Scale", "Set", "merge", "times",
+    "BOFT", "OFT", "Adapter", "Current", "Diff", "DoRA", "Factors", "GLoRA", "InputOFT", "LoHa", "LoKr", "LoRA",
+    "Merge", "ModelDiff", "Opaque", "Operator", "Pad", "Padded", "Patch", "Permuted", "Region", "Scale", "Set", "merge",
+    "times",
 ]  # fmt: skip

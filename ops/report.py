@@ -27,13 +27,14 @@ class Family(NamedTuple):
 
 
 def _family(name: str, pattern: str, *hosts: str) -> Family:
-    # kohya writes _ for every dot
+    # kohya writes _ for every dot; [.] means a dot alone
     return Family(name, re.compile(pattern.replace(r"\.", "[._]")), hosts or (name.lower(),))
 
 
 FAMILIES = (
     _family("Stable Cascade", r"lora_prior_unet_", "stable_cascade"),
-    _family("HunyuanVideo", r"double_blocks\.\d+\.(?:img_attn_qkv|img_mod\.linear|txt_mlp\.fc1)", "hunyuanvideo"),
+    _family("HunyuanVideo", r"individual_token_refiner|double_blocks[.]\d+[.](?:img_attn_qkv|img_mod[.]linear)",
+            "hunyuan"),
     _family("HiDream", r"(?:double|single)_stream_blocks\.\d", "hidream"),
     _family("Flux", r"(?:double_blocks\.\d+\.(?:img|txt)_|double_blocks\.\d+\.processor|single_transformer_blocks\.\d)",
             "flux", "chroma", "longcat"),
@@ -149,7 +150,7 @@ class FileReport:
         total = max(matched, len({_layer_of(key) for key in patches}) + len(missing))
         return cls(
             name, strength, matched, total, describe(state), missing, rejected, len(modules) - len(ours),
-            _cause(ours, missing, matched, model), family_of_host(model) or model,
+            cause_of(ours, missing, matched, model), family_of_host(model) or model,
         )  # fmt: skip
 
     @property
@@ -243,11 +244,12 @@ def _layer_of(key: Any) -> Any:
     return (name.removesuffix(".weight").removesuffix(".bias"), *(p for p in part if not callable(p)))
 
 
-def _cause(modules: Iterable[str], missing: Sequence[str], matched: int, model: str) -> str:
+def cause_of(modules: Iterable[str], missing: Sequence[str], matched: int, model: str) -> str:
+    """Why `missing` are missing in `model`, a host's class or a family, as far as names tell."""
     if not missing:
         return ""
     trained, running = family_of(modules), family_of_host(model) or model
-    if trained and running and trained != running:
+    if trained and running and trained != running and matched < len(missing):
         return f"trained for {trained}, model is {running}"
     if matched:
         return f"the file is for another version of {trained}" if trained else ""
@@ -258,4 +260,4 @@ def _examples(names: Sequence[str]) -> str:
     return ", ".join(names[:EXAMPLES]) + (", …" if len(names) > EXAMPLES else "")
 
 
-__all__ = ["FileReport", "describe", "family_of", "is_text_encoder", "modules_of", "split_name"]
+__all__ = ["FileReport", "cause_of", "describe", "family_of", "is_text_encoder", "modules_of", "split_name"]

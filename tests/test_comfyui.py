@@ -22,9 +22,10 @@ def test_a_comfyui_is_installed() -> None:
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
 def test_in_comfyui(host: Host, suite: str) -> None:
     tests = ROOT / "tests" / "in_comfyui" / f"{suite}.py"
+    here = str(tests.parent)
     ran = host.run(
         "-m", "pytest", str(tests), "--import-mode=importlib", "-q", "-x", "-rs", "-p", "no:cacheprovider",
-        "--rootdir", str(tests.parent), "--confcutdir", str(tests.parent), "-c", "/dev/null", COMFYUI_PATH=str(host.folder),
+        "--rootdir", here, "--confcutdir", here, "-c", "/dev/null", COMFYUI_PATH=str(host.folder),
     )  # fmt: skip
     if "No module named pytest" in ran.stdout:
         pytest.skip(f"{host.name} has no pytest: install it into {host.python}")

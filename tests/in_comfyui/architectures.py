@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from gguf_samples import encode
 META = {"operations": comfy.ops.disable_weight_init, "device": "meta", "dtype": torch.float32}
 ROWS_QUANTIZED = 64
 """Rows of a weight that are really quantized; the others repeat them in another order, which is quick."""
+
+
+SMALL = 1 << 14
+"""Weights below this number of elements are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -76,42 +81,59 @@ def _sd15() -> torch.nn.Module:
 ARCHITECTURES = {
     a.name: a
     for a in (
-        Architecture("flux", _flux, (1, 16, 16, 16), (24, 4096), 768, ("double_blocks.0.img_attn", "single_blocks.0.linear1")),
+        Architecture(
+            "flux", _flux, (1, 16, 16, 16), (24, 4096), 768, ("double_blocks.0.img_attn", "single_blocks.0.linear1")
+        ),
         Architecture("sd3", _sd3, (1, 16, 16, 16), (20, 4096), 2048, ("joint_blocks.0", "joint_blocks.2")),
         Architecture("wan", _wan, (1, 16, 3, 8, 8), (20, 4096), None, ("blocks.0", "blocks.1")),
-        Architecture("sd15", _sd15, (1, 4, 8, 8), (20, 768), None, ("input_blocks.1", "middle_block.1", "output_blocks.2")),
+        Architecture(
+            "sd15", _sd15, (1, 4, 8, 8), (20, 768), None, ("input_blocks.1", "middle_block.1", "output_blocks.2")
+        ),
     )
 }
 
 
 def write_model(architecture: Architecture, type_name: str, path: Path, seed: int = 0) -> Path:
-    """Write a GGUF file of seeded weights, the way converters do: big weights in `type_name`, small ones as F16 and F32.
+    """Write a GGUF file of seeded weights as converters do: big ones in `type_name`, small ones as F16 and F32.
 
     Convolutions are folded into rows of 256 with their true shape in the metadata.
     """
     writer = gguf.GGUFWriter(str(path), architecture.name)
     rng = np.random.default_rng(seed)
     qtype = gguf.GGMLQuantizationType[type_name]
-    block = gguf.GGML_QUANT_SIZES[qtype][0]
     for name, tensor in architecture.build().state_dict().items():
         shape = tuple(tensor.shape)
-        fan_in = max(1, int(np.prod(shape[1:])))
-        if len(shape) < 2:
-            values = 1 + 0.1 * rng.standard_normal(shape) if name.endswith(("scale", "weight")) else 0.05 * rng.standard_normal(shape)
-            writer.add_tensor(name, values.astype(np.float32))
-        elif len(shape) in (2, 4) and tensor.numel() >= 1 << 14 and tensor.numel() % max(block, 256) == 0 and "embed" not in name:
-            rows, columns = (shape[0], shape[1]) if len(shape) == 2 and shape[1] % block == 0 else (tensor.numel() // 256, 256)
-            some = rng.standard_normal((min(rows, ROWS_QUANTIZED), columns), dtype=np.float32) / np.sqrt(fan_in)
-            packed = encode(some, qtype)[rng.integers(0, len(some), rows)]
-            writer.add_tensor(name, packed, raw_dtype=qtype)
-            if (rows, columns) != shape:
-                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
-        else:
-            values = rng.standard_normal(shape, dtype=np.float32) / np.sqrt(fan_in)
-            wide = tensor.numel() < 1 << 14 or len(shape) > 4
-            writer.add_tensor(name, values.astype(np.float32 if wide else np.float16).reshape(shape))
+        rows = _packed_rows(name, shape, gguf.GGML_QUANT_SIZES[qtype][0])
+        if rows is None:
+            writer.add_tensor(name, _plain_weight(name, shape, rng))
+            continue
+        some = rng.standard_normal((min(rows[0], ROWS_QUANTIZED), rows[1]), dtype=np.float32) / _root_of_inputs(shape)
+        writer.add_tensor(name, encode(some, qtype)[rng.integers(0, len(some), rows[0])], raw_dtype=qtype)
+        if rows != shape:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _packed_rows(name: str, shape: tuple[int, ...], block: int) -> tuple[int, int] | None:
+    """How a weight is laid out when it is packed, or None if converters leave it alone."""
+    count = math.prod(shape)
+    if len(shape) not in (2, 4) or count < SMALL or count % max(block, 256) or "embed" in name:
+        return None
+    return (shape[0], shape[1]) if len(shape) == 2 and shape[1] % block == 0 else (count // 256, 256)
+
+
+def _plain_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    values = rng.standard_normal(shape, dtype=np.float32)
+    if len(shape) < 2:
+        scales = name.endswith(("scale", "weight"))
+        return np.asarray(1 + 0.1 * values if scales else 0.05 * values, dtype=np.float32)
+    wide = math.prod(shape) < SMALL or len(shape) > 4
+    return (values / _root_of_inputs(shape)).astype(np.float32 if wide else np.float16)
+
+
+def _root_of_inputs(shape: tuple[int, ...]) -> float:
+    return max(1, math.prod(shape[1:])) ** 0.5

@@ -33,7 +33,8 @@ def compiled_block(model, counting):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     compiled = model.clone()
-    set_torch_compile_wrapper(compiled, backend=counting, fullgraph=True, keys=["diffusion_model.joint_blocks.0.x_block.mlp"])
+    mlp = "diffusion_model.joint_blocks.0.x_block.mlp"
+    set_torch_compile_wrapper(compiled, backend=counting, fullgraph=True, keys=[mlp])
     return compiled
 
 

@@ -93,12 +93,24 @@ def test_errors_say_what_to_do(sd3, files, classes):  # noqa: F811
     node = classes["GraftLoraStack"]()
     with pytest.raises(Exception, match=r"trained for Flux, model is SD3 \(0 of 3 layers match\)"):
         node.apply(graft, lora_1="for_flux.safetensors")
-    with pytest.raises(Exception, match=r"damaged or no safetensors file.*pointer\.safetensors"):
+    with pytest.raises(Exception, match=r"Git LFS pointer.*pointer\.safetensors"):
         node.apply(graft, lora_1="pointer.safetensors")
     assert "put it into models/loras" in node.VALIDATE_INPUTS(lora_2="gone.safetensors")
     assert node.VALIDATE_INPUTS(lora_2="gone.safetensors", enabled_2=False) is True
     loader = classes["GraftUNETLoader"]
     assert "models/diffusion_models" in loader.VALIDATE_INPUTS("gone.gguf")
+
+
+def test_inspect_says_which_way_each_layer_takes(sd3, loras, classes):  # noqa: F811
+    graft, dense = sd3
+    inspect_node = classes["GraftInspect"]()
+    shown = inspect_node.inspect(with_lora(graft, loras[0], 0.8))
+    (text,) = shown["ui"]["text"]
+    layers = len({k for k in loras[0] if "lora_A" in k})
+    assert text.splitlines() == [graft.graft.summary, f"{layers} layers beside the packed weight (residual)"]
+    assert shown["result"] == (text,)
+    assert inspect_node.inspect(graft)["result"][0].endswith("no adapters")
+    assert "of another loader" in inspect_node.inspect(dense)["result"][0]
 
 
 def test_a_changed_file_is_read_again(folders, classes, files):
@@ -130,6 +142,6 @@ def test_the_folder_for_gguf_files_is_shared(pack):
 def test_nodes_have_what_the_interface_shows(classes, pack):
     for name in pack("nodes").NODE_CLASS_MAPPINGS:
         node = classes[name]
-        assert inspect.getdoc(node) and node.DESCRIPTION and node.SEARCH_ALIASES and node.CATEGORY == "Graft"
+        assert inspect.getdoc(node) and node.DESCRIPTION and node.SEARCH_ALIASES and node.CATEGORY.startswith("Graft")
         assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
         assert (pack("nodes.node").WEB / "docs" / f"{name}.md").is_file()

@@ -6,8 +6,8 @@ import comfy.utils
 import pytest
 import torch
 from architectures import write_model
-from generation import distance, sample, with_lora
 from comfy_server import Server
+from generation import distance, sample, with_lora
 from safetensors.torch import load_file
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 

@@ -1,0 +1,227 @@
+"""Train the demo model and its adapters from nothing but `scenes.py`, and write the files that ship.
+
+    python -m demo.train base                 # about half an hour on two cores
+    python -m demo.train adapter neon         # a few minutes each
+    python -m demo.train adapter blueprint
+    python -m demo.train adapter linocut
+    python -m demo.train export Q4_K_M        # demo/graft-demo-Q4_K_M.gguf
+
+Run it from the checkout. Weights in fp32 stay in the working folder; GGUF and adapters go to `demo/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import libgguf
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import pictures, scenes
+from .adapters import Adapter, adapter_for
+from .mmdit import MMDiT
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE.parent / "build" / "demo"
+MIXES = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q8_0": ("Q8_0", "Q8_0")}
+PREVIEWS = [
+    "a red circle on sky", "a yellow star on lilac", "a pink heart on cream", "a blue flower on sand",
+    "a green square and an orange moon on rose", "a purple ring and a red heart on mint",
+    "a teal triangle and a yellow flower and a blue star on cream",
+    "a red moon and a green circle and a pink square on sky",
+]  # fmt: skip
+
+
+class Gallery:
+    """A pool of pictures in one style, with their captions.
+
+    Args:
+        style: a key of `scenes.STYLES`.
+        count: how many to draw.
+        seed: of the scenes.
+    """
+
+    def __init__(self, style: str, count: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        drawn = [scenes.random_scene(rng) for _ in range(count)]
+        self.captions = [scene.caption for scene in drawn]
+        self.latents = torch.cat([
+            pictures.to_model(pictures.encode(torch.from_numpy(scenes.draw(drawn[i : i + 256], style))))
+            for i in range(0, count, 256)
+        ])  # fmt: skip
+
+    def batches(self, size: int, empty: float = 0.1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Endless random batches (latents, context, pooled); a share `empty` comes without its caption."""
+        while True:
+            picked = torch.randint(len(self.captions), (size,)).tolist()
+            texts = ["" if torch.rand(()) < empty else self.captions[i] for i in picked]
+            yield self.latents[picked], *pictures.prompts(texts)
+
+
+def flow_loss(model: Any, latents: Tensor, context: Tensor, y: Tensor) -> Tensor:
+    """Rectified flow: at a random share of noise, how far the model is from the velocity noise - picture.
+
+    The shares are spread as the sampler's schedule visits them.
+    """
+    even = torch.rand(len(latents))
+    sigma = pictures.SHIFT * even / (1 + (pictures.SHIFT - 1) * even)
+    noise = torch.randn_like(latents)
+    mixed = torch.lerp(latents, noise, sigma[:, None, None, None])
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(mixed, 1000 * sigma, context, y)
+    return F.mse_loss(velocity.float(), noise - latents)
+
+
+def learning_rate(step: int, steps: int, warm_up: int = 100) -> float:
+    """The share of the full rate: linear up, then half a cosine down to 0."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+
+def fit(model: nn.Module, gallery: Gallery, args: argparse.Namespace, look: Path) -> nn.Module:
+    """Train what of `model` requires gradients and return its running average; previews go to `look`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average))
+    begin, losses = time.monotonic(), []
+    for step, batch in zip(range(1, args.steps + 1), gallery.batches(args.batch), strict=False):
+        with sdpa_kernel(SDPBackend.MATH):  # quicker than the fused kernel at so few tokens
+            loss = flow_loss(model, *batch)
+            loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.update_parameters(model)
+        losses.append(loss.item())
+        if step % 50 == 0 or step == args.steps:
+            minutes = (time.monotonic() - begin) / 60
+            print(f"step {step}/{args.steps}, loss {np.mean(losses[-50:]):.4f}, {minutes:.1f} min", flush=True)
+        if step % 250 == 0 or step == args.steps:
+            preview(average, look)
+    return average.module
+
+
+def initialise(model: MMDiT) -> None:
+    """Xavier weights, zero biases; modulations and output start at zero, so that every block starts as identity."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
+            nn.init.zeros_(parameter)
+        elif parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter.view(len(parameter), -1))
+
+
+class Adapted(nn.Module):
+    """A frozen model with an adapter merged into its weights anew in every call, so that the adapter can learn."""
+
+    def __init__(self, model: MMDiT, adapter: Adapter, strength: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.adapter, self.strength = model, adapter, strength
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        changed = self.adapter.changed(dict(self.model.named_parameters()), self.strength)
+        return torch.func.functional_call(self.model, changed, inputs)
+
+
+def preview(model: Any, path: Path) -> None:
+    """A row of pictures to look at."""
+    drawn = pictures.sample(model, PREVIEWS, seed=1)
+    row = Image.fromarray(torch.cat(list(drawn), dim=1).numpy())
+    row.resize((2 * row.width, 2 * row.height), Image.Resampling.BICUBIC).save(path)
+
+
+def train_base(args: argparse.Namespace) -> None:
+    model = MMDiT()
+    initialise(model)
+    model = fit(model, Gallery("toy", args.pictures, args.seed), args, args.work / "base.png")
+    save_file(model.state_dict(), args.work / "base.safetensors")
+
+
+def train_adapter(args: argparse.Namespace) -> None:
+    model = MMDiT().requires_grad_(False)
+    model.load_state_dict(load_file(args.work / "base.safetensors"))
+    adapted = Adapted(model, adapter_for(args.style, dict(model.named_parameters())))
+    adapted = fit(adapted, Gallery(args.style, args.pictures, args.seed), args, args.work / f"{args.style}.png")
+    tensors = {name: tensor.half().contiguous() for name, tensor in adapted.adapter.tensors().items()}
+    save_file(tensors, HERE / f"graft-demo-{args.style}.safetensors")
+
+
+def stored_type(name: str, tensor: Tensor, mix: str) -> str:
+    """The GGUF type that a parameter is stored in.
+
+    Blocks get the mix: its first type, or its second where rounding shows most. The small layers at both
+    ends get Q8_0, the patch convolution F16, vectors F32.
+    """
+    if tensor.dim() == 1:
+        return "F32"
+    if tensor.dim() > 2:
+        return "F16"
+    if not name.startswith("joint_blocks."):
+        return "Q8_0"
+    most, sensitive = MIXES[mix]
+    return sensitive if "x_block.attn.qkv" in name or "x_block.mlp.fc2" in name else most
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the base as a GGUF file, names as they are (without a prefix)."""
+    writer = gguf.GGUFWriter(HERE / f"graft-demo-{args.mix}.gguf", "sd3")
+    writer.add_name("Graft demo")
+    writer.add_description("64x64 pictures of coloured shapes: see demo/README.md of Graft")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{args.mix}"])
+    for name, tensor in load_file(args.work / "base.safetensors").items():
+        kind = gguf.GGMLQuantizationType[stored_type(name, tensor, args.mix)]
+        data = tensor.float().numpy()
+        if kind.name.startswith("F"):
+            writer.add_tensor(name, data.astype(np.float16 if kind.name == "F16" else np.float32))
+        else:
+            writer.add_tensor(name, libgguf.quantize_rows(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="where weights in fp32 and previews go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    commands = parser.add_subparsers(required=True)
+    base = commands.add_parser("base", help="train the model itself")
+    base.set_defaults(action=train_base)
+    adapter = commands.add_parser("adapter", help="train a style on top of it")
+    adapter.add_argument("style", choices=[style for style in scenes.STYLES if style != "toy"])
+    adapter.set_defaults(action=train_adapter)
+    for command, steps, drawn, rate in ((base, 2500, 24000, 1.5e-3), (adapter, 400, 6000, 2e-3)):
+        command.add_argument("--steps", type=int, default=steps)
+        command.add_argument("--batch", type=int, default=64)
+        command.add_argument("--rate", type=float, default=rate, help="full learning rate")
+        command.add_argument("--average", type=float, default=0.995, help="decay of the running average of the weights")
+        command.add_argument("--pictures", type=int, default=drawn, help="how many to draw for training")
+    exporting = commands.add_parser("export", help="write the model as GGUF")
+    exporting.add_argument("mix", choices=list(MIXES))
+    exporting.set_defaults(action=export)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    args.action(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The demo model's two ends in ComfyUI: words in, a picture out, with no text encoder and no VAE to download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ..demo import pictures
+from . import node
+
+FOLDER = Path(__file__).resolve().parent.parent / "demo"
+
+
+def register_demo() -> None:
+    """Let the host list the demo's model and LoRAs, behind its own files."""
+    for key in ("unet_gguf", "loras"):
+        paths, _ = folder_paths.folder_names_and_paths[key]
+        if str(FOLDER) not in paths:
+            paths.append(str(FOLDER))
+
+
+class GraftDemoPrompt:
+    """Demo Prompt (Graft)."""
+
+    DESCRIPTION = (
+        "Conditioning for Graft's demo model, from a handful of words: up to three coloured shapes on a ground, "
+        "such as 'a red star and a blue ring on mint'. Empty is the unconditional prompt."
+    )
+    SEARCH_ALIASES = ["demo", "graft demo", "toy prompt"]  # noqa: RUF012
+    CATEGORY = f"{node.CATEGORY}/demo"
+    RETURN_TYPES = ("CONDITIONING",)
+    OUTPUT_TOOLTIPS = ("For the positive or negative input of a sampler.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        tooltip = f"Colours, shapes and grounds it knows: {', '.join(pictures.VOCABULARY)}."
+        text = {"multiline": True, "default": "a red star on mint", "tooltip": tooltip}
+        return {"required": {"text": ("STRING", text)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, text: str) -> bool | str:
+        try:
+            pictures.prompt(text)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    def encode(self, text: str) -> tuple[Any]:
+        context, pooled = pictures.prompt(text)
+        return ([[context, {"pooled_output": pooled}]],)
+
+
+class GraftDemoDecode:
+    """Demo Decode (Graft)."""
+
+    DESCRIPTION = "The picture in a latent of Graft's demo model: a fixed cosine transform, no VAE."
+    SEARCH_ALIASES = ["demo", "graft demo", "toy decode"]  # noqa: RUF012
+    CATEGORY = f"{node.CATEGORY}/demo"
+    RETURN_TYPES = ("IMAGE",)
+    OUTPUT_TOOLTIPS = ("The pictures, four pixels for each latent one.",)
+    FUNCTION = "decode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"samples": ("LATENT", {"tooltip": "Latents that the demo model was sampled to."})}}
+
+    def decode(self, samples: dict) -> tuple[Any]:
+        return (pictures.decode(samples["samples"]),)

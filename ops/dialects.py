@@ -1,0 +1,313 @@
+"""The names that trainers give to a model's modules, and what they are called in the model itself.
+
+Two things are kept apart. `extra_dialects` renames what ComfyUI's own loader leaves unloaded into what it understands.
+`module_names` lists, without any host, every name that a file may use for the layers of a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .kinds import Region
+
+State = Mapping[str, torch.Tensor]
+
+
+class Target(NamedTuple):
+    """What a name in a file stands for.
+
+    Attributes:
+        key: a parameter of the model.
+        region: the part of it, e.g. the rows of q in a fused qkv.
+        function: what the difference passes through on its way there.
+    """
+
+    key: str
+    region: Region | None = None
+    function: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+_PEFT_NAME = re.compile(r"\.(lora_[AB])\.(?!weight$|bias$)([^.]+)\.(weight|bias)$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)*$")
+_XLABS = re.compile(
+    r"^(?:diffusion_model\.)?(double_blocks|single_blocks)\.(\d+)\.processor\.(\w+)\.(up|down)\.weight$"
+)
+_XLABS_MODULES = {
+    "qkv_lora1": "img_attn.qkv",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "linear1_qkv",
+    "proj_lora": "linear2",
+}
+# models under their native names, as fal's trainer for Kontext saves them
+_NATIVE = re.compile(
+    r"^base_model\.model\.((?:double_blocks|single_blocks|joint_blocks|blocks|layers|img_in|txt_in|time_in|vector_in|"
+    r"guidance_in|final_layer|head)\.)"
+)
+_FUSED_QKV = re.compile(r"^lycoris_(single_)?transformer_blocks_(\d+)_attn_(to_qkv|add_qkv_proj|to_added_qkv)\.")
+
+
+def extra_dialects(state: State, norm: str = "merged") -> dict[str, torch.Tensor]:
+    """The same tensors, with names that ComfyUI's loader leaves unloaded turned into ones that it understands.
+
+    XLabs, Wan-Fun, BFL's control LoRAs, named PEFT adapters, native names under ``base_model.model.``, ``diff_m``,
+    ``lora_B.bias``, ``lora_magnitude_vector`` and SimpleTuner's fused qkv. Names that are understood already stay.
+
+    Args:
+        norm: ``merged`` leaves PEFT's magnitudes a vector, by which `from_host` knows that they are meant for the norm
+            of the merged weight; ``comfy`` makes them the column that ComfyUI's own merge needs.
+    """
+    state = _bfl_control(state)
+    flux = any("single_transformer_blocks" in key for key in state)
+    renamed: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        name = _renamed(key, flux)
+        if _MAGNITUDE.search(key):
+            value = value.flatten() if norm == "merged" else value.reshape(-1, *(1,) * max(1, value.dim() - 1))
+        if name in renamed or (name != key and name in state):
+            name = key  # two adapters of different names on one layer: the first one is loaded
+        renamed[name] = value
+    return {_with_bias(key, renamed): _bias(key, value, renamed) for key, value in renamed.items()}
+
+
+def _renamed(key: str, flux: bool) -> str:
+    key = _PEFT_NAME.sub(r".\1.\3", key)
+    key = _MAGNITUDE.sub(".dora_scale", key)
+    key = _NATIVE.sub(r"diffusion_model.\1", key)
+    if key.startswith("lora_unet__"):
+        key = "lora_unet_" + key.removeprefix("lora_unet__")
+    if key.endswith(".diff_m"):
+        return key.removesuffix(".diff_m") + ".modulation.diff"
+    xlabs = _XLABS.match(key)
+    if xlabs and xlabs.group(3) in _XLABS_MODULES:
+        blocks, number, module, side = xlabs.groups()
+        return f"diffusion_model.{blocks}.{number}.{_XLABS_MODULES[module]}.lora_{side}.weight"
+    fused = _FUSED_QKV.match(key)
+    if fused and flux:
+        single, number, module = fused.groups()
+        stream = "img" if module == "to_qkv" else "txt"
+        place = f"single_blocks.{number}.linear1_qkv" if single else f"double_blocks.{number}.{stream}_attn.qkv"
+        return f"diffusion_model.{place}.{key[fused.end() :]}"
+    return key
+
+
+def _bfl_control(state: State) -> State:
+    """Flux Tools' control LoRAs: native names without a prefix, norm scales in full, an img_in of more channels."""
+    if "img_in.lora_A.weight" not in state or not any(".norm." in key and key.endswith("_norm.scale") for key in state):
+        return state
+    named = {f"diffusion_model.{key.replace('_norm.scale', '_norm.scale.set_weight')}": v for key, v in state.items()}
+    up, down = state.get("img_in.lora_B.weight"), state["img_in.lora_A.weight"]
+    if up is not None and up.dim() == down.dim() == 2:
+        named["diffusion_model.img_in.reshape_weight"] = torch.tensor([up.shape[0], down.shape[1]])
+    return named
+
+
+def _with_bias(key: str, state: State) -> str:
+    module = key.removesuffix(".lora_B.bias")
+    return key if module == key or f"{module}.diff_b" in state else f"{module}.diff_b"
+
+
+def _bias(key: str, value: torch.Tensor, state: State) -> torch.Tensor:
+    """lora_B's own bias, with the scale that its matrix gets."""
+    module = key.removesuffix(".lora_B.bias")
+    alpha, down = state.get(f"{module}.alpha"), state.get(f"{module}.lora_A.weight")
+    if module == key or alpha is None or down is None or alpha.numel() != 1 or not down.dim() or not down.shape[0]:
+        return value
+    return value * (float(alpha) / down.shape[0])
+
+
+_ROOTS = ("diffusion_model.", "model.diffusion_model.")
+_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "base_model.model.",
+             "unet.base_model.model.")  # fmt: skip
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "lora_prior_unet_")
+
+
+def module_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, Target]:
+    """Every name that a file may use for the layers of a model.
+
+    Args:
+        shapes: of the weights, by layer, e.g. ``{"double_blocks.0.img_attn.qkv": (9216, 3072)}``; the names may
+            begin with ``diffusion_model.``.
+    """
+    paths = {_native(path): path for path in shapes}
+    native = {name: Target(f"{path}.weight") for name, path in paths.items()}
+    others = {
+        name: Target(f"{paths[inner]}.weight", region, function)
+        for name, inner, region, function in _diffusers_names({n: shapes[p] for n, p in paths.items()})
+        if inner in paths
+    }
+    names: dict[str, Target] = {}
+    for table in (native, others):
+        for name, target in table.items():
+            for variant in _variants(name):
+                names.setdefault(variant, target)
+    return names
+
+
+def _native(path: str) -> str:
+    for root in _ROOTS:
+        if path.startswith(root):
+            return path[len(root) :]
+    return path
+
+
+def _variants(name: str) -> Iterator[str]:
+    flat = name.replace(".", "_")
+    for prefix in _FLAT_PREFIXES:
+        yield prefix + flat
+    processor = name.replace(".to_", ".processor.to_").removesuffix(".0") if ".to_" in name else name
+    for prefix in _PREFIXES:
+        yield prefix + name
+        if processor != name:
+            yield prefix + processor
+
+
+_Name = tuple[str, str, Region | None, Callable[[torch.Tensor], torch.Tensor] | None]
+
+
+def _diffusers_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
+    """``(name in diffusers, native name, region, function)`` for the architectures whose names differ."""
+    if any(name.startswith("double_blocks.") for name in shapes):
+        yield from _flux_names(shapes)
+    elif any(name.startswith("joint_blocks.") for name in shapes):
+        yield from _sd3_names(shapes)
+    elif any(name.startswith("input_blocks.") for name in shapes):
+        yield from _unet_names(shapes)
+
+
+def swap_halves(weight: torch.Tensor) -> torch.Tensor:
+    """Scale and shift, which diffusers has the other way round in the last modulation."""
+    first, second = weight.chunk(2, dim=0)
+    return torch.cat([second, first])
+
+
+def _thirds(rows: int) -> list[Region]:
+    return [Region(0, i * rows // 3, rows // 3) for i in range(3)]
+
+
+def _blocks(shapes: Iterable[str], prefix: str) -> list[int]:
+    numbers = {name.split(".")[1] for name in shapes if name.startswith(prefix + ".")}
+    return sorted(int(n) for n in numbers if n.isdigit())
+
+
+_FLUX_WHOLE = {
+    "x_embedder": "img_in", "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "proj_out": "final_layer.linear",
+}  # fmt: skip
+_FLUX_DOUBLE = {
+    "attn.to_qkv": "img_attn.qkv", "attn.add_qkv_proj": "txt_attn.qkv", "attn.to_added_qkv": "txt_attn.qkv",
+    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+    "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
+    "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
+}  # fmt: skip
+_QKV = ("to_q", "to_k", "to_v")
+_ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def _flux_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
+    yield from ((name, native, None, None) for name, native in _FLUX_WHOLE.items())
+    yield "norm_out.linear", "final_layer.adaLN_modulation.1", None, swap_halves
+    for i in _blocks(shapes, "double_blocks"):
+        name, native = f"transformer_blocks.{i}.", f"double_blocks.{i}."
+        yield from ((name + a, native + b, None, None) for a, b in _FLUX_DOUBLE.items())
+        for parts, fused in ((_QKV, "img_attn.qkv"), (_ADDED_QKV, "txt_attn.qkv")):
+            rows = shapes.get(native + fused, (0,))[0]
+            yield from ((f"{name}attn.{a}", native + fused, r, None) for a, r in zip(parts, _thirds(rows), strict=True))
+    for i in _blocks(shapes, "single_blocks"):
+        name, native = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
+        yield name + "norm.linear", native + "modulation.lin", None, None
+        yield name + "proj_out", native + "linear2", None, None
+        rows, width = (*shapes.get(native + "linear1", ()), 0, 0)[:2]
+        for j, part in enumerate(_QKV):
+            yield f"{name}attn.{part}", native + "linear1", Region(0, j * width, width), None
+        yield name + "attn.to_qkv", native + "linear1", Region(0, 0, 3 * width), None
+        yield native + "linear1_qkv", native + "linear1", Region(0, 0, 3 * width), None
+        yield name + "proj_mlp", native + "linear1", Region(0, 3 * width, rows - 3 * width), None
+
+
+_SD3_WHOLE = {
+    "context_embedder": "context_embedder", "pos_embed.proj": "x_embedder.proj", "proj_out": "final_layer.linear",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+}  # fmt: skip
+_SD3_BLOCK = {
+    "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+}  # fmt: skip
+_SD3_FUSED = (
+    ("attn", _QKV, "x_block.attn.qkv"),
+    ("attn", _ADDED_QKV, "context_block.attn.qkv"),
+    ("attn2", _QKV, "x_block.attn2.qkv"),
+)
+
+
+def _sd3_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
+    yield from ((name, native, None, None) for name, native in _SD3_WHOLE.items())
+    yield "norm_out.linear", "final_layer.adaLN_modulation.1", None, swap_halves
+    blocks = _blocks(shapes, "joint_blocks")
+    for i in blocks:
+        name, native = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
+        yield from ((name + a, native + b, None, None) for a, b in _SD3_BLOCK.items())
+        # the last block's context is only scaled and shifted, as the last layer is
+        swap = swap_halves if i == blocks[-1] else None
+        yield name + "norm1_context.linear", native + "context_block.adaLN_modulation.1", None, swap
+        for attention, parts, fused in _SD3_FUSED:
+            rows = shapes.get(native + fused, (0,))[0]
+            for part, region in zip(parts, _thirds(rows), strict=True):
+                yield f"{name}{attention}.{part}", native + fused, region, None
+
+
+_UNET_WHOLE = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+_UNET_RESNET = {
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+
+
+def _unet_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
+    """Stable Diffusion's UNet in CompVis's names, with two residual blocks on each level."""
+    yield from ((name, native, None, None) for name, native in _UNET_WHOLE.items())
+    places = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2",
+              "mid_block.attentions.0": "middle_block.1"}  # fmt: skip
+    for level in range(4):
+        for j in range(2):
+            places[f"down_blocks.{level}.resnets.{j}"] = f"input_blocks.{3 * level + j + 1}.0"
+            places[f"down_blocks.{level}.attentions.{j}"] = f"input_blocks.{3 * level + j + 1}.1"
+        yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{3 * level + 3}.0.op", None, None
+        for j in range(3):
+            places[f"up_blocks.{level}.resnets.{j}"] = f"output_blocks.{3 * level + j}.0"
+            places[f"up_blocks.{level}.attentions.{j}"] = f"output_blocks.{3 * level + j}.1"
+        for place in (1, 2):  # behind the attention, where there is one
+            native = f"output_blocks.{3 * level + 2}.{place}.conv"
+            if native in shapes:
+                yield f"up_blocks.{level}.upsamplers.0.conv", native, None, None
+    for name, native in places.items():
+        if "resnets" in name:
+            yield from ((f"{name}.{a}", f"{native}.{b}", None, None) for a, b in _UNET_RESNET.items())
+        else:
+            inside = (path[len(native) :] for path in shapes if path.startswith(native + "."))
+            yield from ((name + rest, native + rest, None, None) for rest in inside)
+
+
+__all__ = ["Target", "extra_dialects", "module_names"]
