@@ -121,9 +121,66 @@ def test_warm_compiles_each_type_once(compiled):
     compiled.setattr(launch.Launch, "compile", lambda self, *args: seen.append(self.constants["DECODE"]))
     lines: list[str] = []
     fmts = [BY_NAME[name] for name in ("Q4_K", "F32", "Q4_K", "BF16", "IQ4_XS")]
-    warm(fmts, torch.device("cpu"), torch.bfloat16, lines.append)
+    warm(fmts, torch.device("cpu"), torch.bfloat16, (1,), lines.append)
     assert lines == ["compiling kernels for Q4_K", "compiling kernels for IQ4_XS"]
     assert len(set(map(id, seen))) == 2
+
+
+# a driver without a device: enough to compile and to look kernels up, not to launch them
+WITHOUT_DEVICE = """
+import os, sys, types
+os.environ.pop("TRITON_INTERPRET", None)
+sys.modules["graft"] = types.ModuleType("graft")
+sys.modules["graft"].__path__ = [sys.argv[1]]
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    launcher_cls = None
+    def get_current_target(self): return GPUTarget("cuda", 86, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Driver())
+from graft.kernels import triton_
+from graft.kernels.formats import BY_NAME
+from graft.kernels.triton_ import launch, plan
+
+plan.architecture = lambda device: "sm_86"
+KERNELS = (launch.dequant.dequantize_kernel, launch.matvec_kernel, launch.matmul_kernel)
+
+def compiled():
+    return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS]
+
+fmt, device, dtype = BY_NAME["Q8_0"], torch.device("cpu"), torch.bfloat16
+triton_.warm([fmt], device, dtype)
+before = compiled()
+assert before == [1, 4, 4], before
+
+def empty(*shape): return torch.empty(*shape, dtype=dtype)
+
+for n, k in ((13, 3072), (3072, 256)):
+    data = torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8)
+    calls = [(triton_.dequantize, data, fmt, empty(n, k))]
+    for kernel, m in ((triton_.matvec, 1), (triton_.matmul, 2), (triton_.matmul, 16)):
+        for low in (None, (empty(m, 48), empty(n, 48))):
+            calls += [(kernel, empty(m, k), data, fmt, empty(m, n), bias, low) for bias in (None, empty(n))]
+    for call, *args in calls:
+        try:
+            call(*args)
+        except Exception as error:
+            assert "NoneType" in str(error), error  # what stands for the launcher
+        else:
+            raise AssertionError("launched without a device")
+assert compiled() == before, compiled()
+"""
+
+
+def test_warm_compiles_what_launches_ask_for():
+    """Not one specialization more: neither sizes nor ranks make another."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_DEVICE, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_triton_is_imported_on_first_use_only():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -220,29 +221,49 @@ def _probe(device: torch.device) -> str | None:
 
 
 def warm(
-    fmts: Iterable[Format], device: torch.device, dtype: torch.dtype, progress: Callable[[str], None] | None = None
+    fmts: Iterable[Format],
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: Iterable[int] = (1, 2),
+    progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Compile what a model in these formats will launch first, so that its first step does not.
+    """Compile what a model in these formats will launch, so that its first step does not.
+
+    Triton keeps what it compiled on disk: after the first time this takes no more than a moment.
 
     Args:
         fmts: the formats in the file; those without a kernel are skipped.
         device: where it will run.
         dtype: of x and of the decoded weights.
+        rows: the small numbers of rows of x to expect: modulation has one or two.
         progress: called with a line per format.
     """
     if interpreted():
         return
-    book = torch.int32
     for fmt in dict.fromkeys(fmts):
         if fmt.triton is None or not fmt.is_quantized:
             continue
         if progress is not None:
             progress(f"compiling kernels for {fmt}")
-        table = book if fmt.book else None
         with _on(device):
-            dequantize_launch(fmt, fmt.block_size).compile(torch.uint8, table, dtype, 4096)
-            for bias in (None, dtype):
-                for low in (None, dtype):
-                    matvec_launch(fmt, UNIT).compile(
-                        dtype, torch.uint8, table, dtype, bias, low, low, 4096, 4096, RANK if low else 0
-                    )
+            dequantize_launch(fmt, fmt.block_size).compile(torch.uint8, _book_type(fmt), dtype, 4096)
+            for m in rows:
+                _warm_linear(fmt, device, dtype, m)
+
+
+def _warm_linear(fmt: Format, device: torch.device, dtype: torch.dtype, m: int) -> None:
+    """Compile what M = `m` will launch on rows of 256 weights and more, with and without bias and low-rank term."""
+    kernel = plan.choose(m, 4096, 4096, fmt, device, dtype)
+    if kernel == "dequantize":
+        return
+    sizes: tuple[int, ...] = (4096, 4096, RANK)
+    if kernel == "matvec":
+        launch = matvec_launch(fmt, UNIT)
+    else:
+        launch, sizes = matmul_launch(fmt, plan.tile(plan.architecture(device), m)), (m, *sizes)
+    for bias, low in itertools.product((None, dtype), repeat=2):
+        launch.compile(dtype, torch.uint8, _book_type(fmt), dtype, bias, low, low, *sizes)
+
+
+def _book_type(fmt: Format) -> torch.dtype | None:
+    return torch.int32 if fmt.book else None
