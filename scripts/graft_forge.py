@@ -45,3 +45,6 @@ else:
 
         def process(self, p, *args):
             app.before_images(p)
+
+        def postprocess(self, p, processed, *args):
+            app.after_images()

@@ -61,6 +61,11 @@ class App:
         if any(part.layers for part in self.parts()):
             p.extra_generation_params.update(infotext(self.engine.settings))
 
+    def after_images(self) -> None:
+        """A job is done."""
+        if self.engine is not None:
+            self.engine.release()
+
     def _configure(self, settings: Settings, p: Any = None) -> None:
         assert self.engine is not None
         if settings == self.engine.settings:

@@ -86,7 +86,9 @@ class LayerState:
     Attributes:
         header: what baking lost of the weight, while it is baked.
         refused: why this layer runs in Forge's own forward.
-        left_out: patches that fit nothing, and why.
+        path, reason: how its LoRAs run, and why not beside the weight; empty without any.
+        left_out: why patches of theirs fit nothing.
+        residual: them, put together from the host's patches `seen`.
     """
 
     def __init__(self, fmt: Format, shape: torch.Size) -> None:
@@ -95,15 +97,27 @@ class LayerState:
         self.cache = FactorCache(keep=1)
         self.header: torch.Tensor | None = None
         self.refused = ""
+        self.path = self.reason = ""
         self.left_out: list[str] = []
         self.residual: RunningResidual | None = None
         self.seen: tuple = ()
 
-    def forget(self) -> None:
-        """There are no adapters any more: let go of their factors."""
+    def take(self, residual: RunningResidual, seen: tuple, left_out: list[str]) -> None:
+        """Run with these adapters from now on."""
+        self.residual, self.seen = residual, seen
+        self.path, self.reason = residual.residual.path, residual.residual.reason
+        self.left_out = left_out + residual.residual.rejected
+
+    def release(self) -> None:
+        """Let go of the factors; they are put together again when the layer next runs."""
         if self.seen:
-            self.residual, self.seen, self.left_out = None, (), []
-            self.cache = FactorCache(keep=1)
+            self.residual, self.seen, self.cache = None, (), FactorCache(keep=1)
+
+    def forget(self) -> None:
+        """There are no adapters any more."""
+        if self.path:
+            self.release()
+            self.path, self.reason, self.left_out = "", "", []
 
 
 STATE = "_graft_state"
@@ -342,12 +356,8 @@ class Engine:
         residual = state.residual
         with self.host.on_device(data, bias, x.device) as (data, bias):
             h = x.to(dtype)
-            if residual is None:
-                self.counts["base", ""] += 1
-                y = state.math.compute(h, data, bias)
-            else:
-                self.counts[residual.residual.path, residual.residual.reason] += 1
-                y = residual(h, state.math, data, bias)
+            y = state.math.compute(h, data, bias) if residual is None else residual(h, state.math, data, bias)
+        self.counts[state.path or "base", state.reason] += 1
         return y.to(x.dtype)
 
     def backend(self, device: torch.device, fmt: Format) -> str:
@@ -363,6 +373,14 @@ class Engine:
             self._backends[key] = wanted
         return self._backends[key]
 
+    def release(self) -> None:
+        """Between images, give the memory of a GPU back: what is on it came from LoRAs that Forge holds anyway."""
+        for model in self._models:
+            for layer in self.layers(model):
+                state = state_of(layer)
+                if state is not None and layer.weight is not None and layer.weight.device.type != "cpu":
+                    state.release()
+
     def _gather(
         self, layer: nn.Module, state: LayerState, data: torch.Tensor, bias: torch.Tensor | None,
         dtype: torch.dtype, device: torch.device,
@@ -376,25 +394,24 @@ class Engine:
         seen = (dtype, device, self.settings.mode, *(v for p in (*on_weight, (), *on_bias) for v in p or (None,)))
         if len(seen) == len(state.seen) and all(map(_same, seen, state.seen)):
             return
-        state.left_out = []
-        weight = [p for p in (self._read(p, state, state.shape) for p in on_weight) if p]
-        biases = [p for p in (self._read(p, state, state.shape[:1]) for p in on_bias) if p]
+        left_out: list[str] = []
+        weight = [p for p in (self._read(p, state.shape, left_out) for p in on_weight) if p]
+        biases = [p for p in (self._read(p, state.shape[:1], left_out) for p in on_bias) if p]
         with state.math.holding(data, bias):
             stack = ResidualStack({"layer.weight": weight, "layer.bias": biases}, self._merge)
             stack.build({"layer": state.math}, state.cache, dtype).to(device)
-            state.residual = stack.running({"layer": state.math}, device)["layer"]
-        state.left_out += state.residual.residual.rejected
-        state.seen = seen
+            state.take(stack.running({"layer": state.math}, device)["layer"], seen, left_out)
 
-    def _read(self, patch: Sequence, state: LayerState, shape: torch.Size) -> Patch | None:
+    def _read(self, patch: Sequence, shape: torch.Size, left_out: list[str]) -> Patch | None:
         """One patch as an adapter; None if it fits nothing, which is noted."""
         try:
             read = patches.read(patch, shape)
+            part = shape if read.region is None else read.region.within(shape)
         except GraftError as error:
-            state.left_out.append(str(error))
+            left_out.append(str(error))
             log.warning("an adapter is left out on one layer: %s", error)
             return None
-        if self.settings.mode == "auto" and patches.is_wide(read.adapter, shape):
+        if self.settings.mode == "auto" and patches.is_wide(read.adapter, part):
             return patches.left_whole(read, "its rank is so large that a full weight is cheaper")
         return read
 

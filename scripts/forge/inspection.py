@@ -53,7 +53,7 @@ def _gguf(path: Path) -> list[tuple[str, str]]:
     file = open_gguf(path)
     rows = [
         ("kind", f"GGUF, {file.architecture or 'architecture not named'}"),
-        ("parameters", f"{file.parameters / 1e9:.3g} billion in {len(file.tensors)} tensors"),
+        ("parameters", f"{file.parameters / 1e6:,.1f} million in {len(file.tensors)} tensors"),
         ("types", ", ".join(f"{name} {count}" for name, count in file.type_counts.items())),
         ("bits per weight", f"{8 * file.nbytes / max(1, file.parameters):.2f}"),
     ]

@@ -167,14 +167,14 @@ def _place(engine: Engine, model: nn.Module, key: str, online: bool, lora: UsedL
     if state is None or state.refused or engine.settings.mode == "off":
         reason = state.refused if state is not None and state.refused else "Graft is off"
         lora.others[f"Forge's online mode: {reason}"] += 1
-    elif state.residual is None:
+    elif not state.path:
         lora.waiting += 1
     elif state.left_out:
         lora.others[f"left out: {state.left_out[0]}"] += 1
-    elif state.residual.residual.path == "residual":
+    elif state.path == "residual":
         lora.residual += 1
     else:
-        lora.others[f"merged for each step, exactly: {state.residual.residual.reason}"] += 1
+        lora.others[f"merged for each call, exactly: {state.reason}"] += 1
 
 
 def backend_of(engine: Engine, device: torch.device) -> str:

@@ -184,12 +184,14 @@ def _comparison_row(c: Comparison) -> tuple[str, ...]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1e}"
+    if value is None:
+        return "–"
+    return f"{100 * value:.2g} %" if value >= 1e-3 else f"{value:.1e}"
 
 
 def _bars(c: Comparison) -> list[tuple[str, float | None, str, str]]:
     return [
-        ("beside the weights (Graft)", c.residual, _OURS, f"{c.residual:.1e}"),
+        ("beside the weights (Graft)", c.residual, _OURS, _number(c.residual)),
         ("merged (Forge online)", c.merged, _MERGED, _number(c.merged)),
         ("requantized (Forge offline)", c.requantized, _REQUANTIZED, c.refusal or _number(c.requantized)),
     ]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...kernels import GraftError
 from ...ops.adapters import LoRA, Patch
 from ...ops.residual import FactorCache, ResidualStack, RunningResidual
 from .engine import Engine, LayerState
@@ -150,8 +151,11 @@ def _forges(host: Host, trial: Trial, dtype: torch.dtype, into: Comparison) -> N
         half = trial.x.to(dtype)
         into.merged_ms = _milliseconds(lambda: F.linear(half, merged(dtype)), trial.device)
         weight.gguf_cls.quantize_pytorch(merged(torch.float32), weight)
-    except Exception as error:  # a Forge of another shape, or a type that it cannot write
-        into.refusal = "Forge cannot do this" if isinstance(error, NotImplementedError) else str(error)
+    except (NotImplementedError, GraftError):
+        into.refusal = "Forge cannot do this"
+        return
+    except Exception as error:  # a Forge of another shape
+        into.refusal = f"{type(error).__name__}: {error}"
         return
     after = F.linear(trial.x, host.decode(weight).float())
     into.requantized, into.kept = trial.error(after, before), trial.kept(after, before)

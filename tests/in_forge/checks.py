@@ -22,7 +22,6 @@ import torch
 from backend import memory_management, operations, operations_gguf
 from backend.patcher.base import ModelPatcher
 from backend.patcher.lora import merge_lora_to_weight
-from graft.ops.adapters import Region
 from graft.scripts.forge.engine import Engine, Settings, state_of
 from graft.scripts.forge.host import detect
 from graft.scripts.forge.layout import BAKED
@@ -343,7 +342,7 @@ def lora_delta(strength: float) -> torch.Tensor:
 def types_that_forge_cannot_decode_load_through_graft() -> None:
     x = activations()
     known = {t.name for t in gguf.GGMLQuantizationType}
-    foreign = [t.name for t in ENGINE._added]
+    foreign = ENGINE.added
     assert {"IQ4_XS", "IQ4_NL", "IQ3_S", "IQ2_XXS", "IQ1_S"} <= set(foreign) <= known
     for kind in foreign:
         patcher = build(kind)
@@ -490,16 +489,41 @@ def a_new_strength_keeps_the_factors() -> None:
 @check
 def a_lora_of_enormous_rank_is_merged_in_auto_mode() -> None:
     x = activations()
-    patcher, value = build("Q8_0"), lora(rank=60)
-    base = load(patcher)(x)
-    got = {}
-    for mode in ("auto", "on"):
-        ENGINE.configure(Settings(mode=mode))
-        got[mode] = load(with_lora(patcher, {"linear.weight": value}))(x) - base
-        load(patcher)
-    ENGINE.configure(Settings())
-    assert apart(got["auto"], got["on"]) <= 1e-4
-    assert paths() == {"base": 1, "exact": 1, "residual": 1}
+    for key, value in (("linear.weight", lora(60)), (("linear.weight", (0, 16, 24)), lora(30, rows=24))):
+        patcher = build("Q8_0")
+        base = load(patcher)(x)
+        got = {}
+        for mode in ("auto", "on"):
+            ENGINE.configure(Settings(mode=mode))
+            got[mode] = load(with_lora(patcher, {key: value}))(x) - base
+            load(patcher)
+        ENGINE.configure(Settings())
+        assert apart(got["auto"], got["on"]) <= 1e-4
+        assert paths() == {"base": 1, "exact": 1, "residual": 1}, key
+
+
+@check
+def factors_are_let_go_between_images() -> None:
+    x = activations()
+    patcher = with_lora(build("Q8_0"), {"linear.weight": lora()})
+    model = load(patcher)
+    y, state = model(x), state_of(model.linear)
+    ENGINE.release()
+    assert state.residual is not None  # on the CPU there is nothing to gain
+    state.release()
+    assert state.residual is None and state.path == "residual"
+    assert torch.equal(model(x), y)
+    paths()
+
+
+@check
+def weights_elsewhere_come_by_forges_own_mover() -> None:
+    layer = load(build("Q4_K")).linear
+    meta = torch.device("meta")
+    with ENGINE.host.on_device(layer.weight.data, layer.bias.data, meta) as (weight, bias):
+        assert weight.device == bias.device == meta and weight.dtype == torch.uint8 and bias.dtype == torch.float32
+    with ENGINE.host.on_device(layer.weight.data, None, CPU) as (weight, bias):
+        assert weight.data_ptr() == layer.weight.data_ptr() and bias is None
 
 
 @check
@@ -511,11 +535,6 @@ def functions_on_the_weight_of_unknown_kind_go_to_forge() -> None:
     assert apart(model(x), base) <= 2e-3
     assert ("forge", "function on the weight") in ENGINE.counts
     paths()
-
-
-@check
-def regions_are_as_forge_writes_them() -> None:
-    assert Region(*(0, 16, 24)).within(torch.Size((ROWS, COLUMNS))) == (24, COLUMNS)
 
 
 def main() -> None:
