@@ -384,9 +384,10 @@ def test_inspecting_files(tmp_path: Any) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert [p.name for p in files([tmp_path, None, tmp_path])] == ["a.safetensors", "b.gguf", "c.safetensors"]
     told = {path.name: dict(inspect(path)) for path in files([tmp_path])}
-    assert told["a.safetensors"]["kind"] == "LoRA on 1 modules" and told["a.safetensors"]["rank"] == "8 on 1"
-    assert told["a.safetensors"]["ss_network_dim"] == "8"
+    lora = told["a.safetensors"]
+    assert (lora["kind"], lora["modules"], lora["tensors"]) == ("rank 8", "1", "float32 3")
+    assert lora["ss_network_dim"] == "8"
     assert told["b.gguf"]["types"] == "Q8_0 1" and told["b.gguf"]["general.name"] == "A toy"
     assert math.isclose(float(told["b.gguf"]["bits per weight"]), 8.5)
-    assert "no safetensors file" in told["c.safetensors"]["problem"]
+    assert "web page" in told["c.safetensors"]["problem"]
     assert (size(999), size(1.234e9)) == ("999 B", "1.23 GB")

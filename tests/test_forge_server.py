@@ -15,7 +15,7 @@ from forge import forge
 from forge_toys import TYPES, Server, serving
 from PIL import Image
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.xdist_group("forge-server")]
 
 ALL_LORAS = "<lora:whole:0.7><lora:sliced:-0.6><lora:plain:0.8><lora:text:1.5>"
 OFF = {"override_settings": {"graft_mode": "off"}}
@@ -204,7 +204,7 @@ def test_the_tab_in_a_browser(server: Server, page: Any) -> None:
         assert (requantized == "–") == (kind in ("Q4_K", "Q6_K", "IQ3_S")), kind
         assert kept == "–" or requantized.endswith(" %"), kind
 
-    for file, told in (("toy-mixed.gguf", "GGUF, flux"), ("sliced.safetensors", "LoRA on 14 modules")):
+    for file, told in (("toy-mixed.gguf", "GGUF, flux"), ("sliced.safetensors", "Flux")):
         page.fill("#graft_file input", file)
         page.get_by_role("option", name=file).click()
         page.locator("#graft_contents").get_by_text(told).wait_for()

@@ -1,4 +1,4 @@
-"""What is in a GGUF or LoRA file, from its header alone."""
+"""What is in a GGUF or LoRA file."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ...kernels import CorruptFile, GraftError
+from ...kernels import GraftError
 from ...ops.gguf_file import open_gguf
+from ...ops.lora_file import load_adapters
+from ...ops.report import modules_of
 
 SUFFIXES = (".gguf", ".safetensors")
 
-_KINDS = (
-    (".hada_w1_a", "LoHa"), (".lokr_w1", "LoKr"), (".lokr_w1_a", "LoKr"), (".oft_blocks", "OFT"),
-    (".a1.weight", "GLoRA"), (".dora_scale", "with DoRA magnitudes"), (".diff", "full difference"),
-    (".diff_b", "bias difference"), (".lora_down.weight", "LoRA"), (".lora_A.weight", "LoRA"),
-    (".lora.down.weight", "LoRA"), (".lora_A.default.weight", "LoRA"),
-)  # fmt: skip
-_DOWNS = tuple(suffix for suffix, kind in _KINDS if kind == "LoRA")
 _TOLD = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "modelspec.architecture",
          "modelspec.title", "modelspec.trigger_phrase")  # fmt: skip
 
@@ -63,19 +58,19 @@ def _gguf(path: Path) -> list[tuple[str, str]]:
 
 def _safetensors(path: Path) -> list[tuple[str, str]]:
     try:
-        opened = safe_open(str(path), "pt")
-    except Exception as error:  # the library's own error is of a private class
-        raise CorruptFile(f"this is no safetensors file ({error}): download it again") from error
-    with opened as file:
-        names, told = list(file.keys()), file.metadata() or {}
-        slices = {n: file.get_slice(n) for n in names}
-        dtypes = Counter(s.get_dtype() for s in slices.values())
-        ranks = Counter(s.get_shape()[0] for n, s in slices.items() if n.endswith(_DOWNS))
-    kinds = Counter(kind for n in names for suffix, kind in _KINDS if n.endswith(suffix))
-    rows = [
-        ("kind", ", ".join(f"{kind} on {count} modules" for kind, count in kinds.items()) or "no adapter"),
-        ("tensors", f"{len(names)}: " + ", ".join(f"{name} {count}" for name, count in dtypes.most_common())),
+        with safe_open(str(path), "pt") as opened:
+            names = list(opened.keys())
+    except Exception:  # the library's own error is of a private class
+        load_adapters(path)  # says what the file is instead
+        raise
+    if not modules_of(dict.fromkeys(names)):  # type: ignore[arg-type]
+        return [("kind", "no adapter"), ("tensors", f"{len(names)}")]
+    file = load_adapters(path)
+    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in file.state.values())
+    return [
+        ("kind", file.what or "full differences"),
+        ("trained for", file.trained_for or "unknown"),
+        ("modules", f"{len(modules_of(file.state))}"),
+        ("tensors", ", ".join(f"{name} {count}" for name, count in dtypes.most_common())),
+        *((key, file.metadata[key]) for key in _TOLD if file.metadata.get(key)),
     ]
-    if ranks:
-        rows.append(("rank", ", ".join(f"{rank} on {count}" for rank, count in ranks.most_common(4))))
-    return rows + [(key, told[key]) for key in _TOLD if told.get(key)]
