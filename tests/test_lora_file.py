@@ -1,0 +1,593 @@
+"""Files of every dialect, and files that must not surprise."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import adapter_samples as samples
+import pytest
+import torch
+from adapter_samples import Sampler
+from graft.kernels import AdapterError
+from graft.ops import layers
+from graft.ops.adapters import DoRA, LoKr, LoRA, Padded, Patch, Region, from_host
+from graft.ops.dialects import extra_dialects
+from graft.ops.kinds import InputOFT
+from graft.ops.lora_file import load_adapters
+from graft.ops.report import FileReport, family_of
+from graft.ops.residual import FactorCache, ResidualStack
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+H = 32  # hidden size of the toy Flux
+FLUX = {
+    "img_in": (H, 16), "txt_in": (H, 24),
+    "final_layer.linear": (16, H), "final_layer.adaLN_modulation.1": (2 * H, H),
+    "double_blocks.0.img_attn.qkv": (3 * H, H), "double_blocks.0.img_attn.proj": (H, H),
+    "double_blocks.0.txt_attn.qkv": (3 * H, H), "double_blocks.0.txt_attn.proj": (H, H),
+    "double_blocks.0.img_mlp.0": (4 * H, H), "double_blocks.0.img_mod.lin": (6 * H, H),
+    "single_blocks.0.linear1": (7 * H, H), "single_blocks.0.linear2": (H, 5 * H),
+    "single_blocks.0.modulation.lin": (3 * H, H),
+}  # fmt: skip
+UNET = {
+    "time_embed.0": (64, 16), "input_blocks.0.0": (16, 4, 3, 3), "input_blocks.1.0.in_layers.2": (16, 16, 3, 3),
+    "input_blocks.1.1.proj_in": (16, 16, 1, 1), "input_blocks.1.1.transformer_blocks.0.attn1.to_q": (16, 16),
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0": (16, 16), "input_blocks.3.0.op": (16, 16, 3, 3),
+    "middle_block.1.transformer_blocks.0.attn2.to_k": (16, 24), "output_blocks.2.1.conv": (16, 16, 3, 3),
+}  # fmt: skip
+SD3 = {
+    "joint_blocks.0.x_block.attn.qkv": (3 * H, H), "joint_blocks.0.context_block.attn.qkv": (3 * H, H),
+    "joint_blocks.0.context_block.adaLN_modulation.1": (2 * H, H), "joint_blocks.0.x_block.mlp.fc1": (4 * H, H),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tiny tensors the threads' own cost is the larger one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pair(rows: int, columns: int, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    r = Sampler(rows + columns, torch.float32)
+    return r(rank, columns), r(rows, rank)
+
+
+def lora(name: str, shape, down: str = ".lora_down.weight", up: str = ".lora_up.weight", rank: int = 4) -> dict:
+    """A module's LoRA under a dialect's names."""
+    a, b = pair(shape[0], math.prod(shape[1:]), rank)
+    return {name + down: a, name + up: b}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """`written(state)` is the path of a file with these tensors."""
+
+    def write(state: dict, name: str = "style.safetensors", metadata: dict | None = None):
+        path = tmp_path / name
+        save_file({k: v.contiguous() for k, v in state.items()}, path, metadata)
+        return path
+
+    return write
+
+
+def only(fitted):
+    (placed,) = fitted.placed
+    return placed
+
+
+AB = (".lora_A.weight", ".lora_B.weight")
+QKV_Q = Region(0, 0, H)
+DIALECTS = [
+    ("kohya", "lora_unet_double_blocks_0_img_attn_qkv", (), "double_blocks.0.img_attn.qkv", None),
+    ("Wan-Fun", "lora_unet__double_blocks_0_img_attn_qkv", (), "double_blocks.0.img_attn.qkv", None),
+    ("native", "diffusion_model.double_blocks.0.img_attn.proj", AB, "double_blocks.0.img_attn.proj", None),
+    ("bare", "double_blocks.0.img_attn.proj", AB, "double_blocks.0.img_attn.proj", None),
+    ("diffusers q", "transformer.transformer_blocks.0.attn.to_q", AB, "double_blocks.0.img_attn.qkv", QKV_Q),
+    ("diffusers v", "transformer.transformer_blocks.0.attn.add_v_proj", AB, "double_blocks.0.txt_attn.qkv",
+     Region(0, 2 * H, H)),
+    ("diffusers single k", "transformer.single_transformer_blocks.0.attn.to_k", AB, "single_blocks.0.linear1",
+     Region(0, H, H)),
+    ("diffusers single mlp", "transformer.single_transformer_blocks.0.proj_mlp", AB, "single_blocks.0.linear1",
+     Region(0, 3 * H, 4 * H)),
+    ("old diffusers", "transformer.x_embedder", (".lora.down.weight", ".lora.up.weight"), "img_in", None),
+    ("transformers", "transformer.x_embedder", (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+     "img_in", None),
+    ("PEFT", "base_model.model.transformer_blocks.0.attn.to_out.0", AB, "double_blocks.0.img_attn.proj", None),
+    ("named PEFT", "transformer.transformer_blocks.0.attn.to_out.0", (".lora_A.style.weight", ".lora_B.style.weight"),
+     "double_blocks.0.img_attn.proj", None),
+    ("OneTrainer", "lora_transformer_transformer_blocks_0_attn_to_q", (), "double_blocks.0.img_attn.qkv", QKV_Q),
+    ("XLabs img", "double_blocks.0.processor.qkv_lora1", (".down.weight", ".up.weight"), "double_blocks.0.img_attn.qkv",
+     None),
+    ("XLabs txt", "double_blocks.0.processor.proj_lora2", (".down.weight", ".up.weight"),
+     "double_blocks.0.txt_attn.proj", None),
+    ("XLabs single", "single_blocks.0.processor.qkv_lora", (".down.weight", ".up.weight"), "single_blocks.0.linear1",
+     Region(0, 0, 3 * H)),
+    ("fal Kontext", "base_model.model.double_blocks.0.img_attn.qkv", AB, "double_blocks.0.img_attn.qkv", None),
+    ("SimpleTuner", "lycoris_transformer_blocks_0_ff_net_0_proj", (), "double_blocks.0.img_mlp.0", None),
+    ("Mochi", "diffusion_model.img_in", (".lora_A", ".lora_B"), "img_in", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "name", "suffixes", "layer", "region"), DIALECTS, ids=[d[0] for d in DIALECTS])
+def test_a_dialect_finds_its_layer(written, dialect, name, suffixes, layer, region) -> None:
+    part = FLUX[layer] if region is None else region.within(FLUX[layer])
+    fitted = load_adapters(written(lora(name, part, *suffixes))).on(FLUX)
+    placed = only(fitted)
+    assert (placed.key, placed.region) == (f"{layer}.weight", region)
+    assert isinstance(placed.adapter, LoRA) and placed.adapter.rank == 4
+    assert fitted.report(0.8).line == "style.safetensors ×0.80: 1/1 layers, rank 4"
+
+
+UNET_NAMES = [
+    ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+     "input_blocks.1.1.transformer_blocks.0.attn1.to_q"),
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0",
+     "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),
+    ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
+     "middle_block.1.transformer_blocks.0.attn2.to_k"),
+    ("lora_unet_down_blocks_0_resnets_0_conv1", "input_blocks.1.0.in_layers.2"),
+    ("lora_unet_down_blocks_0_downsamplers_0_conv", "input_blocks.3.0.op"),
+    ("lora_unet_up_blocks_0_upsamplers_0_conv", "output_blocks.2.1.conv"),
+    ("lora_unet_input_blocks_0_0", "input_blocks.0.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layer"), UNET_NAMES, ids=[n for n, _ in UNET_NAMES])
+def test_a_unets_two_sets_of_names(written, name, layer) -> None:
+    shape = UNET[layer]
+    r = Sampler(0, torch.float32)
+    ones = (1,) * len(shape[2:])
+    state = {f"{name}.lora_down.weight": r(4, *shape[1:]), f"{name}.lora_up.weight": r(shape[0], 4, *ones)}
+    assert only(load_adapters(written(state)).on(UNET)).key == f"{layer}.weight"
+
+
+def test_attention_processors_of_old_diffusers(written) -> None:
+    names = ("_lora.down.weight", "_lora.up.weight")
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor."
+    state = lora(name + "to_q", (16, 16), *names) | lora(name + "to_out", (16, 16), *names)
+    fitted = load_adapters(written(state)).on(UNET)
+    assert sorted(p.key.split(".attn1.")[1] for p in fitted.placed) == ["to_out.0.weight", "to_q.weight"]
+
+
+def test_sd3_swaps_scale_and_shift_of_the_last_context_block(written) -> None:
+    state = lora("transformer.transformer_blocks.0.norm1_context.linear", (2 * H, H), *AB)
+    state |= lora("transformer.transformer_blocks.0.attn.add_k_proj", (H, H), *AB)
+    sliced, swapped = sorted(load_adapters(written(state)).on(SD3).placed, key=lambda p: p.region is None)
+    assert swapped.adapter.order == (*range(H, 2 * H), *range(H))
+    assert (sliced.key, sliced.region) == ("joint_blocks.0.context_block.attn.qkv.weight", Region(0, H, H))
+
+
+def test_simpletuners_fused_lokr(written) -> None:
+    r = Sampler(0, torch.float32)
+    name = "lycoris_single_transformer_blocks_0_attn_to_qkv"
+    state = {f"{name}.lokr_w1": r(4, 4), f"{name}.lokr_w2": r(3 * H // 4, H // 4), f"{name}.alpha": torch.tensor(1e10)}
+    placed = only(load_adapters(written(state)).on(FLUX))
+    assert (placed.key, placed.region) == ("single_blocks.0.linear1.weight", Region(0, 0, 3 * H))
+    assert isinstance(placed.adapter, LoKr) and placed.adapter.scale == 1.0
+
+
+def test_a_control_lora_of_flux_tools(written) -> None:
+    state = lora("img_in", (H, 32), *AB) | {"img_in.lora_B.bias": torch.ones(H)}
+    state["single_blocks.0.norm.key_norm.scale"] = torch.ones(8)
+    fitted = load_adapters(written(state)).on(FLUX)
+    weight, bias = fitted.placed
+    assert isinstance(weight.adapter, Padded) and weight.adapter.shape == (H, 32)
+    assert bias.key == "img_in.bias" and torch.equal(bias.adapter.diff, torch.ones(H))
+
+
+def test_pefts_magnitudes_are_of_the_merged_weight(written) -> None:
+    name = "transformer.transformer_blocks.0.attn.to_out.0"
+    state = lora(name, (H, H), *AB) | {f"{name}.lora_magnitude_vector.default.weight": torch.rand(H) + 1}
+    adapter = only(load_adapters(written(state)).on(FLUX)).adapter
+    assert isinstance(adapter, DoRA) and (adapter.axis, adapter.norm) == (0, "merged")
+    assert extra_dialects(state, norm="comfy")[f"{name}.dora_scale"].shape == (H, 1)
+
+
+def test_pefts_oft_turns_inputs(written) -> None:
+    state = {"transformer.transformer_blocks.0.attn.to_out.0.oft_R.weight": torch.randn(4, 28) * 0.01}
+    adapter = only(load_adapters(written(state)).on(FLUX)).adapter
+    assert isinstance(adapter, InputOFT) and adapter.block == 8
+
+
+def test_the_bias_of_lora_b_gets_its_scale() -> None:
+    state = lora("transformer.x_embedder", (H, 16), *AB)
+    state |= {"transformer.x_embedder.alpha": torch.tensor(2.0), "transformer.x_embedder.lora_B.bias": torch.ones(H)}
+    assert torch.equal(extra_dialects(state)["transformer.x_embedder.diff_b"], torch.full((H,), 0.5))
+
+
+def test_a_modulations_difference_gets_its_parameter() -> None:
+    assert list(extra_dialects({"diffusion_model.blocks.0.diff_m": torch.zeros(1, 6, 8)})) == [
+        "diffusion_model.blocks.0.modulation.diff"
+    ]
+
+
+def test_known_names_stay_and_nothing_is_lost() -> None:
+    state = lora("lora_unet_img_in", (H, 16)) | lora("transformer.x", (4, 4), ".lora_A.a.weight", ".lora_B.a.weight")
+    state |= lora("transformer.x", (4, 4), ".lora_A.b.weight", ".lora_B.b.weight")
+    renamed = extra_dialects(state)
+    assert len(renamed) == len(state)
+    assert "transformer.x.lora_A.weight" in renamed and "transformer.x.lora_A.b.weight" in renamed
+
+
+def test_a_hosts_names_come_first(written) -> None:
+    names = {"lora_unet_img_in": ("img_in.weight", (0, 0, 8)), "style": "txt_in.weight"}
+    state = lora("lora_unet_img_in", (8, 16)) | lora("style", (H, 24))
+    placed = {p.key: p for p in load_adapters(written(state)).on(FLUX, names).placed}
+    assert placed["img_in.weight"].region == Region(0, 0, 8) and "txt_in.weight" in placed
+
+
+def test_lora_and_difference_of_one_layer_both_act(written) -> None:
+    name = "lora_unet_img_in"
+    state = lora(name, (H, 16)) | {f"{name}.diff": torch.ones(H, 16), f"{name}.diff_b": torch.ones(H)}
+    fitted = load_adapters(written(state)).on(FLUX)
+    assert [(p.key, p.adapter.kind) for p in fitted.placed] == [
+        ("img_in.weight", "lora"), ("img_in.weight", "diff"), ("img_in.bias", "diff"),
+    ]  # fmt: skip
+
+
+def test_a_bias_difference_on_a_slice_lands_there(written) -> None:
+    name = "transformer.transformer_blocks.0.attn.to_k"
+    layer = layers.Linear(H, 3 * H)
+    layer.load_weight(torch.zeros(3 * H, H))
+    state = lora(name, (H, H), *AB) | {f"{name}.diff_b": torch.ones(H)}
+    path = "double_blocks.0.img_attn.qkv"
+    stack = ResidualStack()
+    load_adapters(written(state)).on({path: layer}).add_to(stack, 0.5)
+    stack.build({path: layer}, FactorCache())
+    with stack.active({path: layer}, torch.device("cpu")):
+        y = layer(torch.zeros(1, H))
+    assert torch.equal(y, torch.cat([torch.zeros(1, H), torch.full((1, H), 0.5), torch.zeros(1, H)], 1))
+
+
+NAME = "lora_unet_img_in"
+
+
+def fit(written, state: dict, shapes: dict = FLUX):
+    """The file with a second, sound adapter, so that what is refused is only left out."""
+    return load_adapters(written(lora("lora_unet_txt_in", (H, 24)) | state)).on(shapes)
+
+
+def scale_of(fitted) -> float:
+    return next(p.adapter for p in fitted.placed if p.key == "img_in.weight").low_rank().scale
+
+
+@pytest.mark.parametrize(
+    ("alpha", "scale"),
+    [(None, 1.0), (torch.tensor(0.0), 0.0), (torch.tensor(-2.0), -0.5), (torch.tensor([2.0]), 0.5),
+     (torch.tensor(2), 0.5), (torch.tensor(2.0, dtype=torch.bfloat16), 0.5)],
+    ids=["missing", "zero", "negative", "in brackets", "an integer", "bf16"],
+)  # fmt: skip
+def test_alphas_as_they_come(written, alpha, scale) -> None:
+    state = lora(NAME, (H, 16)) | ({} if alpha is None else {f"{NAME}.alpha": alpha})
+    assert scale_of(fit(written, state)) == scale
+
+
+def test_an_alpha_for_each_rank_scales_the_ranks(written) -> None:
+    state = lora(NAME, (H, 16)) | {f"{NAME}.alpha": torch.tensor([4.0, 2.0, 0.0, -4.0])}
+    factors = next(p.adapter for p in fit(written, state).placed if p.key == "img_in.weight").low_rank()
+    wanted = state[f"{NAME}.lora_down.weight"] * torch.tensor([[1.0], [0.5], [0.0], [-1.0]])
+    assert torch.equal(factors.down * factors.scale, wanted)
+
+
+def broken(**changes) -> dict:
+    """The LoRA of img_in, with fields replaced; None takes one out."""
+    state = lora(NAME, (H, 16))
+    for field, value in changes.items():
+        key = f"{NAME}.{field.replace('__', '.')}"
+        state.pop(key, None)
+        if value is not None:
+            state[key] = value
+    return state
+
+
+def nan(*shape: int) -> torch.Tensor:
+    tensor = torch.zeros(shape)
+    tensor[0, 0] = float("nan")
+    return tensor
+
+
+UP, DOWN = "lora_up__weight", "lora_down__weight"
+REFUSED = {
+    "alpha NaN": (broken(alpha=torch.tensor(float("nan"))), "alpha is nan"),
+    "alphas too few": (broken(alpha=torch.ones(3)), "3 alphas for a rank of 4"),
+    "NaN in a factor": (broken(**{UP: nan(H, 4)}), "holds NaN or infinity"),
+    "infinity in a factor": (broken(**{DOWN: torch.full((4, 16), float("inf"))}), "holds NaN or infinity"),
+    "rank 0": (broken(**{UP: torch.ones(H, 0), DOWN: torch.ones(0, 16), "alpha": torch.tensor(1.0)}), "rank 0"),
+    "ranks differ": (broken(**{UP: torch.ones(H, 3)}), "has rank 3, its counterpart 4"),
+    "same count, wrong shape": (broken(**{UP: torch.ones(16, 4), DOWN: torch.ones(4, H)}), "is for 16×32, the weight"),
+    "up without down": (broken(**{DOWN: None}), "is missing: the file is incomplete"),
+    "down without up": (broken(**{UP: None}), "is missing: the file is incomplete"),
+    "only alpha": (broken(**{UP: None, DOWN: None, "alpha": torch.tensor(1.0)}), "there is only alpha"),
+    "int8 without a scale": (broken(**{UP: torch.ones(H, 4, dtype=torch.int8)}), "int8 without a scale"),
+    "LoKr without w2": ({f"{NAME}.lokr_w1": torch.ones(4, 4)}, "lokr_w2 is missing"),
+    "LoKr of another size": (
+        {f"{NAME}.lokr_w1": torch.ones(4, 4), f"{NAME}.lokr_w2": torch.ones(4, 4)}, "does not make"),
+    "LoHa with half a core": (
+        {f"{NAME}.hada_{n}": torch.ones(s) for n, s in
+         (("w1_a", (2, H)), ("w1_b", (2, 16)), ("w2_a", (2, H)), ("w2_b", (2, 16)), ("t1", (2, 2)))}, "hada_t1"),
+    "GLoRA of unclear rank": (
+        {f"{NAME}.{n}.weight": torch.ones(s) for n, s in
+         (("a1", (16, 4)), ("a2", (5, 16)), ("b1", (H, 4)), ("b2", (4, 16)))}, "ranks of GLoRA's factors differ"),
+    "reshape to smaller": (
+        lora(NAME, (H, 8)) | {f"{NAME}.reshape_weight": torch.tensor([H, 8])}, "a weight can only be padded"),
+    "reshape to nonsense": (lora(NAME, (H, 16)) | {f"{NAME}.reshape_weight": torch.tensor([H, -1, 3])}, ""),
+    "OFT of another size": ({f"{NAME}.oft_blocks": torch.zeros(3, 4, 4)}, "do not cover 32 output rows"),
+    "DoRA of another size": (lora(NAME, (H, 16)) | {f"{NAME}.dora_scale": torch.ones(5, 1)}, "dora_scale is 5×1"),
+    "difference of another size": ({f"{NAME}.diff": torch.ones(16, H)}, "is for 16×32, the weight is 32×16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_applied_is_left_out_with_a_reason(written, case: str) -> None:
+    state, reason = REFUSED[case]
+    fitted = fit(written, state)
+    assert [p.key for p in fitted.placed] == ["txt_in.weight"]
+    assert list(fitted.rejected) == [NAME] and reason in fitted.rejected[NAME]
+    assert fitted.report(1.0).line.startswith("style.safetensors ×1.00: 1/2 layers, ")
+    assert f"1 left out, such as {NAME}: " in fitted.report(1.0).line
+
+
+def test_a_reshape_on_a_slice_is_refused(written) -> None:
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    state = lora(name, (H, 2 * H), *AB) | {f"{name}.reshape_weight": torch.tensor([H, 2 * H])}
+    assert "has no room for it" in fit(written, state).rejected[name]
+
+
+def test_factors_the_wrong_way_round_are_turned_where_only_one_way_fits(written) -> None:
+    a, b = pair(H, 16)
+    for up, down in ((b.t(), a.t()), (a, b)):
+        state = {f"{NAME}.lora_up.weight": up.contiguous(), f"{NAME}.lora_down.weight": down.contiguous()}
+        adapter = next(p.adapter for p in fit(written, state).placed if p.key == "img_in.weight")
+        assert torch.equal(adapter.up, b) and torch.equal(adapter.down, a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
+def test_dtypes_may_mix(written, dtype) -> None:
+    state = lora(NAME, (H, 16)) | {f"{NAME}.lora_up.weight": torch.ones(H, 4).to(dtype)}
+    layer = layers.Linear(16, H, bias=False)
+    layer.load_weight(torch.zeros(H, 16))
+    stack = ResidualStack()
+    fit(written, state, {"img_in": layer, "txt_in": FLUX["txt_in"]}).add_to(stack, 1.0)
+    del stack.patches["txt_in.weight"]
+    stack.build({"img_in": layer}, FactorCache())
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    with stack.active({"img_in": layer}, x.device):
+        y = layer(x)
+    torch.testing.assert_close(y, x @ state[f"{NAME}.lora_down.weight"].t() @ torch.ones(4, H), rtol=1e-5, atol=1e-5)
+
+
+def test_boft_without_alpha_is_unconstrained() -> None:
+    r = Sampler(3)
+    kind, (blocks, *_) = samples.boft(r, (16, 8))
+    assert from_host((kind, (blocks, None, None, None)), (16, 8)).constraint == 0.0
+
+
+def test_a_row_of_zeros_under_dora_stays_sane(caplog) -> None:
+    r = Sampler(4)
+    weight = r(16, 8, scale=1.0)
+    weight[3] = 0
+    layer = layers.Linear(8, 16, bias=False)
+    layer.load_weight(weight)
+    adapter = from_host(samples.lora(r, (16, 8), dora=samples.magnitudes(r, (16, 8), 0)), (16, 8))
+    stack = ResidualStack({"layer.weight": [Patch(1.0, adapter)]})
+    stack.build({"layer": layer}, FactorCache())
+    with stack.active({"layer": layer}, torch.device("cpu")):
+        y = layer(r(2, 8, scale=1.0))
+    assert y.abs().max() < 100
+    assert "1 rows or columns of zeros" in caplog.text
+
+
+NO_SAFETENSORS = {
+    "nothing": (b"", "is empty"),
+    "a web page": (b"\n<!DOCTYPE html><html>401</html>", "is a web page"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
+    "a pickle": (b"PK\x03\x04" + bytes(64), "a pickle can run code"),
+    "a GGUF file": (b"GGUF" + bytes(64), "is a GGUF model"),
+    "text": (b"{'lora': 1}" * 20, "no safetensors, whatever its name"),
+    "three bytes": (b"abc", "no safetensors, whatever its name"),
+}
+
+
+@pytest.mark.parametrize("case", NO_SAFETENSORS)
+def test_what_is_no_safetensors_is_named(tmp_path, case: str) -> None:
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(NO_SAFETENSORS[case][0])
+    with pytest.raises(AdapterError, match=NO_SAFETENSORS[case][1]) as caught:
+        load_adapters(path)
+    assert str(caught.value).endswith(f"({path})")
+
+
+@pytest.mark.parametrize("keep", [4, 40, 300, -1])
+def test_a_download_that_stopped_is_damaged(tmp_path, keep: int) -> None:
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(save(lora(NAME, (H, 16)))[:keep])
+    with pytest.raises(AdapterError, match="again"):
+        load_adapters(path)
+
+
+def test_a_missing_file_and_a_checkpoint_are_refused(tmp_path) -> None:
+    with pytest.raises(AdapterError, match="cannot be read"):
+        load_adapters(tmp_path / "gone.safetensors")
+    torch.save({}, tmp_path / "style.pt")
+    with pytest.raises(AdapterError, match="a pickle can run code"):
+        load_adapters(tmp_path / "style.pt")
+
+
+def test_made_for_another_architecture_is_one_sentence(written) -> None:
+    name = "lora_unet_down_blocks_2_attentions_1_transformer_blocks_9_attn1_to_q"
+    state = lora(name, (16, 16)) | lora("lora_unet_mid_block_attentions_0_proj_in", (16, 16))
+    with pytest.raises(AdapterError, match=r"trained for SDXL, model is Flux \(0 of 2 layers match\), such as lora_"):
+        load_adapters(written(state)).on(FLUX)
+
+
+def test_partly_for_another_version_is_counted_with_examples(written) -> None:
+    state = lora(NAME, (H, 16))
+    for i in range(4):
+        state |= lora(f"lora_unet_double_blocks_{i + 7}_img_attn_qkv", (3 * H, H))
+    line = load_adapters(written(state)).on(FLUX).report(1.0).line
+    assert line.startswith("style.safetensors ×1.00: 1/5 layers, rank 4; 4 not in this model, such as ")
+    assert line.count("img_attn_qkv") == 3 and line.endswith(", … (the file is for another version of Flux)")
+
+
+def test_text_encoders_are_counted_in_one_line(written) -> None:
+    text = lora("lora_te1_text_model_encoder_layers_0_mlp_fc1", (8, 8))
+    text |= lora("text_encoder_2.text_model.encoder.layers.0.mlp.fc1", (8, 8), *AB)
+    report = load_adapters(written(lora(NAME, (H, 16)) | text)).on(FLUX).report(0.5)
+    assert report.line == "style.safetensors ×0.50: 1/1 layers, rank 4"
+    assert report.text.splitlines()[1] == "  2 layers of text encoders in it are for a CLIP loader"
+    with pytest.raises(AdapterError, match=r"for a text encoder only \(2 layers\)"):
+        load_adapters(written(text)).on(FLUX)
+
+
+def test_a_file_without_adapters_says_so(written) -> None:
+    with pytest.raises(AdapterError, match="is it a LoRA"):
+        load_adapters(written({"model.layers.0.weight": torch.ones(2, 2)})).on(FLUX)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "family"), [(FLUX, "Flux"), (UNET, "SD1.5 or SD2"), (SD3, "SD3")], ids=["Flux", "UNet", "SD3"]
+)
+def test_a_model_is_known_by_its_names(shapes, family) -> None:
+    assert family_of(shapes) == family
+
+
+def test_a_report_from_what_a_hosts_loader_made() -> None:
+    state = lora(NAME, (H, 16), rank=4) | lora("lora_unet_nowhere", (8, 8), rank=8)
+    a, b = state[f"{NAME}.lora_down.weight"], state[f"{NAME}.lora_up.weight"]
+    patches = {"diffusion_model.img_in.weight": ("lora", (b, a, None, None, None))}
+    report = FileReport.of("style.safetensors", 0.8, state, patches, list(patches), {}, "Flux")
+    assert (report.matched, report.total, report.missing) == (1, 2, ("lora_unet_nowhere",))
+    assert report.line == (
+        "style.safetensors ×0.80: 1/2 layers, rank 4 to 8; 1 not in this model, such as lora_unet_nowhere"
+    )
+    with_slice = {("diffusion_model.img_in.weight", (0, 0, 8)): patches["diffusion_model.img_in.weight"]}
+    assert FileReport.of("a", 1.0, state, with_slice, [], {"x": "too small"}, "SDXL").line == (
+        "a: 0 of 2 layers fit, such as x: too small"
+    )
+
+
+FIELDS = [
+    "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "dora_scale", "reshape_weight", "hada_w1_a",
+    "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b",
+    "lokr_w2_a", "lokr_w2_b", "lokr_t2", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "oft_blocks", "rescale",
+    "oft_R.weight", "diff", "diff_b", "set_weight", "w_norm", "b_norm", "lora_A.weight", "lora_B.weight",
+    "lora_B.bias", "lora_A.other.weight", "lora_magnitude_vector", "lora_A", "", "weight",
+]  # fmt: skip
+MODULES = [
+    "lora_unet_img_in", "transformer.transformer_blocks.0.attn.to_q", "diffusion_model.txt_in", "", ".",
+    "transformer.norm_out.linear", "lora_te_text_model", "double_blocks.0.processor.qkv_lora1", "nowhere",
+]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool]
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, 16, 24, H, 3 * H])
+
+
+def sound() -> dict[str, dict[str, torch.Tensor]]:
+    """A file of each kind that fits the toy's img_in."""
+    r, shape = Sampler(9, torch.float32), FLUX["img_in"]
+    names = {
+        "lora": ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale", "reshape_weight"),
+        "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
+        "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+                 "dora_scale"),
+        "glora": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha", "dora_scale"),
+        "oft": ("oft_blocks", "rescale", "alpha"),
+        "boft": ("oft_blocks", "rescale", "alpha"),
+        "diff": ("diff",),
+        "set": ("set_weight",),
+    }  # fmt: skip
+    values = [make(r, shape) for make in samples.KINDS.values()] + [samples.lora(r, shape, reshape=(H, 32))]
+    found = {}
+    for i, (kind, fields) in enumerate(values):
+        named = zip(names[kind], fields, strict=False)
+        found[f"{i} {kind}"] = {f"{NAME}.{n}": torch.as_tensor(v) for n, v in named if v is not None}
+    return found
+
+
+SOUND = sound()
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_a_file_of_any_kind_fits(written, kind: str) -> None:
+    fitted = load_adapters(written(SOUND[kind])).on(FLUX)
+    assert fitted.matched == [NAME] and not fitted.rejected
+
+
+@st.composite
+def states(draw) -> dict[str, torch.Tensor]:
+    """A sound file or none, with some of its tensors gone and others of any kind beside or over them."""
+    state = dict(draw(st.sampled_from([{}, *SOUND.values()])))
+    for key in draw(st.lists(st.sampled_from(sorted(state)), max_size=1)) if state else ():
+        state.pop(key)
+    for _ in range(draw(st.integers(0 if state else 1, 5))):
+        module, field = draw(st.sampled_from(MODULES)), draw(st.sampled_from(FIELDS))
+        shape = draw(st.lists(SIZES, max_size=4).filter(lambda s: math.prod(s) < 20_000))
+        value = torch.ones(shape) * draw(st.sampled_from([0.0, 0.01, -1.0, float("nan"), 1e30]))
+        if draw(st.booleans()):
+            value = value.nan_to_num().to(draw(st.sampled_from(DTYPES)))
+        state[f"{module}.{field}"] = value
+    return state
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(state=states())
+def test_whatever_a_file_holds_it_fits_or_is_refused(tmp_path, state) -> None:
+    """Only AdapterError comes out, and what was taken runs and leaves finite numbers."""
+    path = tmp_path / "fuzz.safetensors"
+    save_file(state, path)
+    model = {}
+    for name in ("img_in", "txt_in", "double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1"):
+        rows, columns = FLUX[name]
+        model[name] = layers.Linear(columns, rows)
+        model[name].load_weight(torch.eye(rows, columns))
+    try:
+        fitted = load_adapters(path).on(model)
+    except AdapterError as error:
+        assert str(error).endswith(f"({path})")
+        return
+    counted = {*fitted.matched, *fitted.missing, *fitted.rejected}
+    assert len(counted) == fitted.report(1.0).total
+    stack = ResidualStack()
+    fitted.add_to(stack, 0.5)
+    stack.build(model, FactorCache())
+    with stack.active(model, torch.device("cpu")):
+        for name in {key.rpartition(".")[0] for key in stack.patches}:
+            own = [p.adapter for p in fitted.placed if p.key == f"{name}.weight"]
+            padded = [adapter.shape[1] for adapter in own if isinstance(adapter, Padded)]
+            assert model[name](torch.ones(1, max(FLUX[name][1], *padded, 0))).dtype == torch.float32
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cut=st.integers(0, 4000), at=st.integers(0, 4000), byte=st.integers(0, 255),
+    length=st.none() | st.integers(0, 2**63),
+)  # fmt: skip
+def test_whatever_happens_to_a_file_it_is_read_or_refused(tmp_path, cut, at, byte, length) -> None:
+    data = bytearray(save(lora(NAME, (H, 16))))
+    if length is not None:
+        data[:8] = length.to_bytes(8, "little")
+    data[at % len(data)] = byte
+    path = tmp_path / "fuzz.safetensors"
+    path.write_bytes(data[: len(data) - cut % len(data)])
+    try:
+        file = load_adapters(path)
+    except AdapterError as error:
+        assert str(error).endswith(f"({path})")
+        return
+    try:
+        file.on(FLUX)
+    except AdapterError as error:
+        assert str(path) in str(error)
+
+
+def test_a_header_that_claims_what_is_not_there(tmp_path) -> None:
+    tensor = {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}
+    header = json.dumps({"x.lora_A.weight": tensor}).encode()
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(AdapterError, match="damaged"):
+        load_adapters(path)
