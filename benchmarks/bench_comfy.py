@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import os
 import statistics
 import subprocess
@@ -26,24 +25,23 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH", str(Path.home() / "ComfyUI")).spli
 PEER = Path(os.environ.get("COMFYUI_GGUF", Path.home() / "peers" / "ComfyUI-GGUF"))
 RANKS = (16, 32, 64, 32)
 LORAS = (0, 1, 4)
-PACKS = ("graft", "peer")
+# each beside what the loader is told: the peer takes the host's dtype, which on a CPU is fp32, and so does "graft"
+VARIANTS = {"peer": "auto", "graft": "auto", "graft bf16": "bf16"}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--bf16", action="store_true", help="both packs compute in bf16, not in the host's choice")
-    parser.add_argument("--compute-dtype", default="auto", help="Graft's own setting; the peer takes the host's choice")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
-    parser.add_argument("--memory", nargs=2, metavar=("PACK", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, metavar=("VARIANT", "FILE"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def start_comfyui(bf16: bool) -> dict:
+def start_comfyui() -> dict:
     """Import ComfyUI on the CPU and load both packs through its own loader; returns their node classes."""
     sys.path[:0] = [str(COMFYUI), str(ROOT / "tests"), str(ROOT / "tests" / "in_comfyui")]
-    sys.argv = ["main.py", "--cpu", *(["--bf16-unet"] if bf16 else [])]
+    sys.argv = ["main.py", "--cpu"]
     os.chdir(COMFYUI)
     import comfy.options
 
@@ -63,7 +61,7 @@ def write_files(folder: Path, types: list[str]) -> None:
         write_model(ARCHITECTURES["flux"], type_name, folder / f"{type_name}.gguf")
 
 
-def load(pack: str, path: Path, classes: dict, compute_dtype: str = "auto"):
+def load(variant: str, path: Path, classes: dict):
     """A MODEL as the pack's own loader node returns it."""
     import folder_paths
 
@@ -72,9 +70,9 @@ def load(pack: str, path: Path, classes: dict, compute_dtype: str = "auto"):
         paths, extensions = folder_paths.folder_names_and_paths.get(key, ([], set()))
         if str(path.parent) not in paths:
             folder_paths.folder_names_and_paths[key] = ([str(path.parent), *paths], set(extensions) | {".gguf"})
-    if pack == "graft":
-        return classes["GraftUNETLoader"]().load(path.name, compute_dtype=compute_dtype)["result"][0]
-    return classes["UnetLoaderGGUF"]().load_unet(path.name)[0]
+    if variant == "peer":
+        return classes["UnetLoaderGGUF"]().load_unet(path.name)[0]
+    return classes["GraftUNETLoader"]().load(path.name, compute_dtype=VARIANTS[variant])["result"][0]
 
 
 def grafted(model, count: int):
@@ -95,43 +93,51 @@ def flux_shapes() -> dict:
     return {f"diffusion_model.{k}": v for k, v in ARCHITECTURES["flux"].build().state_dict().items()}
 
 
-def seconds_a_step(model, steps: int = 1) -> float:
-    """Median time of the sampler's later steps: the first also loads the model."""
+def seconds_a_step(model) -> float:
+    """Seconds of the diffusion model's forward pass in a step of ComfyUI's sampler."""
     import comfy.sample
     import torch
     from architectures import ARCHITECTURES
 
-    flux = ARCHITECTURES["flux"]
+    pooled = ARCHITECTURES["flux"].pooled
     g = torch.Generator().manual_seed(0)
     latent = torch.zeros(1, 16, 32, 32)
-    condition = [[torch.randn(1, 128, 4096, generator=g), {"pooled_output": torch.randn(1, flux.pooled, generator=g)}]]
-    times = [time.perf_counter()]
-    comfy.sample.sample(
-        model, torch.randn(latent.shape, generator=g), steps + 1, 1.0, "euler", "simple", condition, condition, latent,
-        disable_pbar=True, callback=lambda *_: times.append(time.perf_counter()),
-    )  # fmt: skip
-    return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
+    condition = [[torch.randn(1, 128, 4096, generator=g), {"pooled_output": torch.randn(1, pooled, generator=g)}]]
+    noise = torch.randn(latent.shape, generator=g)
+    times: list[float] = []
+    network = model.model.diffusion_model
+    hooks = [
+        network.register_forward_pre_hook(lambda *_: times.append(-time.perf_counter())),
+        network.register_forward_hook(lambda *_: times.append(time.perf_counter())),
+    ]
+    comfy.sample.sample(model, noise, 1, 1.0, "euler", "simple", condition, condition, latent, disable_pbar=True)
+    for hook in hooks:
+        hook.remove()
+    return sum(times)
 
 
-def measure(type_name: str, folder: Path, classes: dict, turns: int, compute_dtype: str) -> list[dict]:
-    """Rows of one type: median seconds a step of both packs with 0, 1 and 4 LoRAs."""
-    bases = {pack: load(pack, folder / f"{type_name}.gguf", classes, compute_dtype) for pack in PACKS}
+def measure(type_name: str, folder: Path, classes: dict, turns: int) -> list[dict]:
+    """Rows of one type: median seconds a step of every variant with 0, 1 and 4 LoRAs."""
+    bases = {variant: load(variant, folder / f"{type_name}.gguf", classes) for variant in VARIANTS}
     rows = []
     for count in LORAS:
-        models = {pack: grafted(bases[pack], count) for pack in PACKS}
-        times: dict[str, list[float]] = {pack: [] for pack in PACKS}
+        models = {variant: grafted(base, count) for variant, base in bases.items()}
+        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for model in models.values():
+            seconds_a_step(model)  # loads it
         for _ in range(turns):
-            for pack in PACKS:
-                times[pack].append(seconds_a_step(models[pack]))
-        rows.append({"type": type_name, "loras": count, **{pack: statistics.median(t) for pack, t in times.items()}})
-        each = ", ".join(f"{pack} {[round(t, 2) for t in seconds]}" for pack, seconds in times.items())
-        print(f"  {type_name} {count} LoRAs: {each}")
+            for variant, model in models.items():
+                times[variant].append(seconds_a_step(model))
+        medians = {variant: statistics.median(seconds) for variant, seconds in times.items()}
+        rows.append({"type": type_name, "loras": count, **medians})
+        each = ", ".join(f"{variant} {[round(t, 2) for t in seconds]}" for variant, seconds in times.items())
+        print(f"  {type_name} {count} LoRAs: {each}", flush=True)
     return rows
 
 
-def peak_memory(pack: str, file: Path) -> float:
+def peak_memory(variant: str, file: Path) -> float:
     """Peak resident GiB of a process that loads the file with one pack and samples with four LoRAs."""
-    command = [sys.executable, __file__, "--memory", pack, str(file)]
+    command = [sys.executable, __file__, "--memory", variant, str(file)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(ran.stdout.strip().splitlines()[-1])
 
@@ -143,26 +149,22 @@ def peak_resident() -> float:
 
 
 def table(rows: list[dict], memory: dict[tuple[str, str], float]) -> str:
+    """Two Markdown tables: seconds and ratios, and memory."""
+    none = {row["type"]: row for row in rows if row["loras"] == 0}
     lines = [
-        "| type | LoRAs | ComfyUI-GGUF, s a step | Graft, s a step | times its speed | LoRAs cost (theirs / ours) |",
-        "|---|---|---|---|---|---|",
+        "| type | LoRAs | ComfyUI-GGUF | Graft | Graft, bf16 | times its speed | in bf16 | LoRAs cost: theirs / ours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    base = {row["type"]: row for row in rows if row["loras"] == 0}
     for row in rows:
-        none = base[row["type"]]
-        cost = " / ".join(f"{row[p] / none[p] - 1:+.0%}" for p in ("peer", "graft")) if row["loras"] else ""
-        lines.append(
-            f"| {row['type']} | {row['loras']} | {row['peer']:.2f} | {row['graft']:.2f} "
-            f"| {row['peer'] / row['graft']:.2f} | {cost} |"
-        )
-    lines += ["", "| type, four LoRAs | ComfyUI-GGUF, peak GiB | Graft, peak GiB |", "|---|---|---|"]
-    for type_name in base:
-        lines.append(f"| {type_name} | {memory['peer', type_name]:.2f} | {memory['graft', type_name]:.2f} |")
+        bare = none[row["type"]]
+        cost = " / ".join(f"{row[v] / bare[v] - 1:+.0%}" for v in ("peer", "graft")) if row["loras"] else ""
+        seconds = " | ".join(f"{row[v]:.2f} s" for v in VARIANTS)
+        ratios = " | ".join(f"{row['peer'] / row[v]:.2f}" for v in ("graft", "graft bf16"))
+        lines.append(f"| {row['type']} | {row['loras']} | {seconds} | {ratios} | {cost} |")
+    lines += ["", "| peak memory, four LoRAs | ComfyUI-GGUF | Graft | Graft, bf16 |", "|---|---|---|---|"]
+    for type_name in none:
+        lines.append(f"| {type_name} | " + " | ".join(f"{memory[v, type_name]:.2f} GiB" for v in VARIANTS) + " |")
     return "\n".join(lines)
-
-
-def _own(compute_dtype: str) -> str:
-    return "" if compute_dtype == "auto" else f" (Graft: {compute_dtype})"
 
 
 def run_in_comfyui() -> None:
@@ -179,30 +181,23 @@ def run_in_comfyui() -> None:
 def main() -> None:
     options = arguments()
     run_in_comfyui()
-    classes = start_comfyui(options.bf16)
+    classes = start_comfyui()
+    import comfyui_version
     import torch
 
     if options.memory:
-        pack, file = options.memory
-        seconds_a_step(grafted(load(pack, Path(file), classes), len(RANKS)), steps=1)
+        variant, file = options.memory
+        seconds_a_step(grafted(load(variant, Path(file), classes), len(RANKS)))
         print(peak_resident())
         return
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         folder = Path(temporary)
         write_files(folder, options.types)
-        rows = [
-            row
-            for type_name in options.types
-            for row in measure(type_name, folder, classes, options.turns, options.compute_dtype)
-        ]
-        memory = {(p, t): peak_memory(p, folder / f"{t}.gguf") for t in options.types for p in PACKS}
-    from importlib.metadata import version
-
-    import comfyui_version
-
+        rows = [row for type_name in options.types for row in measure(type_name, folder, classes, options.turns)]
+        memory = {(v, t): peak_memory(v, folder / f"{t}.gguf") for t in options.types for v in VARIANTS}
     header = (
-        f"ComfyUI {comfyui_version.__version__}, torch {version('torch')}, {torch.get_num_threads()} threads, "
-        f"{'bf16' if options.bf16 else 'fp32'} compute{_own(options.compute_dtype)}, medians of {options.turns} turns"
+        f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"medians of {options.turns} turns; seconds a step, fp32 where nothing else is said"
     )
     text = f"{header}\n\n{table(rows, memory)}"
     print(text)

@@ -8,11 +8,13 @@
 
 from . import compiled as _compiled  # noqa: F401  (registers the operators)
 from .backends import BACKENDS, Choice, choose, warm
+from .cpu import has_fast_bf16
 from .dispatch import LowRank, decoded_rows, dequantize, embedding, linear
 from .errors import AdapterError, CorruptFile, GraftError, NoBackend, UnsupportedFormat
 from .formats import FORMATS, Format, by_name, by_type
 
 __all__ = [
     "BACKENDS", "FORMATS", "AdapterError", "Choice", "CorruptFile", "Format", "GraftError", "LowRank", "NoBackend",
-    "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize", "embedding", "linear", "warm",
+    "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize", "embedding", "has_fast_bf16",
+    "linear", "warm",
 ]  # fmt: skip

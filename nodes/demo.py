@@ -9,16 +9,17 @@ import folder_paths
 
 from ..demo import pictures
 from . import node
+from .loader import DEMO_FOLDER
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo"
 
 
 def register_demo() -> None:
     """Let the host list the demo's model and LoRAs, behind its own files."""
-    for key in ("unet_gguf", "loras"):
-        paths, _ = folder_paths.folder_names_and_paths[key]
-        if str(FOLDER) not in paths:
-            paths.append(str(FOLDER))
+    known = folder_paths.folder_names_and_paths
+    known[DEMO_FOLDER] = ([str(FOLDER)], {".gguf"})
+    if str(FOLDER) not in known["loras"][0]:
+        known["loras"][0].append(str(FOLDER))
 
 
 class GraftDemoPrompt:

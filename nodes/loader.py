@@ -14,7 +14,7 @@ import folder_paths
 import torch
 
 from .. import kernels
-from ..kernels import UnsupportedFormat
+from ..kernels import CorruptFile, UnsupportedFormat
 from ..ops.gguf_file import GGUFFile, describe, diffusion_tensors, open_gguf
 from ..ops.layers import unpack_leftovers
 from ..ops.packed import as_weight
@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 FOLDER = "unet_gguf"
 """The key under which packs for GGUF share their list of models; never replaced where one is there."""
 
+DEMO_FOLDER = "graft_demo"
+"""A key of our own for the demo model, since other packs rewrite the shared one."""
+
+REMEDY = "put it into models/diffusion_models, or choose another file"
+
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -38,6 +43,17 @@ def register_folder() -> None:
         if folder not in paths:
             paths.append(folder)
     known[FOLDER] = (paths, set(extensions) | {".gguf"})
+
+
+def model_files() -> list[str]:
+    """What the loader lists: people's own files, then the demo's."""
+    demo = folder_paths.get_filename_list(DEMO_FOLDER) if DEMO_FOLDER in folder_paths.folder_names_and_paths else []
+    return list(dict.fromkeys([*folder_paths.get_filename_list(FOLDER), *demo]))
+
+
+def model_path(name: str) -> str | None:
+    """Where a listed file lies, or None if it is gone."""
+    return folder_paths.get_full_path(FOLDER, name) or folder_paths.get_full_path(DEMO_FOLDER, name)
 
 
 def load_diffusion_model(
@@ -60,15 +76,17 @@ def load_diffusion_model(
     state = {name: as_weight(tensor) for name, tensor in diffusion_tensors(file).items()}
     device = comfy.model_management.get_torch_device()
     choice = kernels.choose(torch.device(device), None, backend)
-    options: dict[str, Any] = {"custom_operations": GraftOps}
-    if COMPUTE_DTYPES[compute_dtype] is not None:
-        options["dtype"] = COMPUTE_DTYPES[compute_dtype]
+    dtype = COMPUTE_DTYPES[compute_dtype]
+    options: dict[str, Any] = {"custom_operations": GraftOps} | ({} if dtype is None else {"dtype": dtype})
     patcher = _load_state_dict(state, options, disable_dynamic)
     if patcher is None:
         raise UnsupportedFormat(
             f"this ComfyUI does not know the architecture of the file (it calls itself "
             f"{file.architecture or 'nothing'}): update ComfyUI, {path}"
         )
+    if dtype is not None:
+        # on a device that it thinks slow in this dtype the host would go back to fp32
+        patcher.model.manual_cast_dtype = dtype
     unpack_leftovers(patcher.model)
     patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice))
     for layer in patcher.model.graft.layers.values():
@@ -95,11 +113,13 @@ def _load_state_dict(state: Mapping[str, torch.Tensor], options: dict, disable_d
 
 
 def _summary(file: GGUFFile, patcher: Any, choice: kernels.Choice) -> str:
-    """``Flux · 11.9B · Q4_K 228, Q6_K 76, F32 471 · 6.6 GB · triton``, with the host's name for the architecture."""
-    name = type(patcher.model.model_config).__name__
+    """``Flux · 11.9B · Q4_K 228, Q6_K 76, F32 471 · 6.6 GB · bfloat16 · triton``, under the host's name for it."""
     _, _, rest = describe(file).partition(" · ")
-    dtype = str(patcher.model.manual_cast_dtype or patcher.model.get_dtype()).removeprefix("torch.")
-    return f"{name} · {rest} · {dtype} · {choice}"
+    dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    faster = dtype == torch.float32 and patcher.load_device.type == "cpu" and kernels.has_fast_bf16()
+    hint = " (compute_dtype bf16 is faster on this processor)" if faster else ""
+    name = type(patcher.model.model_config).__name__
+    return f"{name} · {rest} · {str(dtype).removeprefix('torch.')}{hint} · {choice}"
 
 
 class GraftUNETLoader:
@@ -120,7 +140,7 @@ class GraftUNETLoader:
         return {
             "required": {
                 "unet_name": (
-                    folder_paths.get_filename_list(FOLDER),
+                    model_files(),
                     {"tooltip": "A .gguf file in models/diffusion_models or models/unet."},
                 ),
             },
@@ -139,18 +159,20 @@ class GraftUNETLoader:
 
     @classmethod
     def IS_CHANGED(cls, unet_name: str, **_: Any) -> Any:
-        return node.file_state(folder_paths.get_full_path(FOLDER, unet_name))
+        return node.file_state(model_path(unet_name))
 
     @classmethod
     def VALIDATE_INPUTS(cls, unet_name: str) -> bool | str:
-        if folder_paths.get_full_path(FOLDER, unet_name) is None:
-            return f"{unet_name} is not there any more: put it into models/diffusion_models, or choose another file"
+        if model_path(unet_name) is None:
+            return f"{unet_name} is not there any more: {REMEDY}"
         return True
 
     def load(
         self, unet_name: str, compute_dtype: str = "auto", backend: str = "auto", unique_id: str | None = None
     ) -> dict:
-        path = folder_paths.get_full_path_or_raise(FOLDER, unet_name)
+        path = model_path(unet_name)
+        if path is None:
+            raise CorruptFile(f"{unet_name} is not there any more: {REMEDY}")
         patcher = load_diffusion_model(path, compute_dtype, backend)
         log.info("%s: %s", os.path.basename(path), patcher.graft.summary)
         return node.result((patcher,), patcher.graft.summary, unique_id)
