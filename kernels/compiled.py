@@ -26,7 +26,7 @@ def linear(
 
 
 @linear.register_fake
-def _(x, data, fmt, rows, bias, down, scale, ups, places, backend):  # type: ignore[no-untyped-def]
+def _(x, data, fmt, rows, bias, down, scale, ups, places, backend):
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -39,5 +39,5 @@ def dequantize(data: torch.Tensor, fmt: str, shape: list[int], dtype: torch.dtyp
 
 
 @dequantize.register_fake
-def _(data, fmt, shape, dtype, backend):  # type: ignore[no-untyped-def]
+def _(data, fmt, shape, dtype, backend):
     return data.new_empty(shape, dtype=dtype)

@@ -20,6 +20,10 @@ from .errors import CorruptFile
 from .formats import Format, by_name
 
 
+FEW_ROWS = 8
+"""Rows of x up to which the `cpu` backend multiplies in fp32 whatever x is in."""
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """Low-rank terms beside a linear layer, rank-concatenated: ``y[..., start:start+n] += ((x Aᵀ) ∘ S) Bᵀ``.
@@ -224,17 +228,22 @@ def linear(
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[1] * n != _count(data, fmt):
         raise ValueError(f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}")
+    chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if chosen == "cpu" and flat.shape[0] <= FEW_ROWS and x.dtype != torch.float32 and not needs_grad:
+        # libgguf writes fp32: for a few rows the product costs less than casting the weight would
+        return linear(x.float(), data, fmt, bias, residual, n, backend).to(x.dtype)
     if bias is not None:
         bias = bias.to(x.dtype)
-    t = residual.project(flat) if residual is not None else None
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad:
+        t = residual.project(flat) if residual is not None else None
         # on the way back autograd asks for the weight again: it must not lie in the scratch
         out = F.linear(flat, _whole(data, fmt, (n, flat.shape[1]), x.dtype, backend), bias)
         if t is not None and residual is not None:
             _add_low_rank(out, t, residual, slice(0, n))
         return out.view(*x.shape[:-1], n)
+    t = residual.project(flat) if residual is not None else None
     out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
-    chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
     if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias)):
         _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend)
     return out.view(*x.shape[:-1], n)
