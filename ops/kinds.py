@@ -90,6 +90,7 @@ class Adapter:
         is_low_rank: whether it is additive, and cheaper as a pair of factors than as a whole ΔW.
         from_output: whether ``y = F(x)`` is all that the form needs of F.
         idle_at_zero: whether a strength of 0 leaves W as it is.
+        reads_weight: whether its tensors depend on the patches before it.
     """
 
     kind: ClassVar[str]
@@ -97,6 +98,7 @@ class Adapter:
     is_low_rank: ClassVar[bool] = False
     from_output: ClassVar[bool] = True
     idle_at_zero: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False
 
     def check(self, shape: torch.Size) -> None:
         """Raise AdapterError unless it can be applied to a weight of `shape`, ``[out, in, ...]``."""
@@ -595,6 +597,7 @@ class DoRA(Adapter):
 
     kind: ClassVar[str] = "dora"
     additive: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = True
 
     @property
     def from_output(self) -> bool:  # type: ignore[override]

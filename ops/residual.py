@@ -359,6 +359,8 @@ class RunningResidual:
         if not self.steps:
             return layer.compute(x, data, bias, low_rank)
         at = Layout(layer)
+        if x.dim() == len(at.kernel) + 1 and at.kernel:
+            return self(x.unsqueeze(0), layer, data, bias).squeeze(0)
         f: Operator = functools.partial(layer.compute, data=data, low_rank=low_rank)
         for member, s in self.steps:
             f = functools.partial(member.run, at, f, s.to(x.device))
@@ -502,7 +504,8 @@ class FactorCache:
         return self._find(identity, lambda: LayerFactors(patches, shape, dtype))
 
     def term(self, patch: Patch, current: LayerWeight, dtype: torch.dtype | None) -> Term:
-        before = tuple((_identity(p.adapter), p.region, p.strength) for p in current.before)
+        seen = current.before if patch.adapter.reads_weight else ()
+        before = tuple((_identity(p.adapter), p.region, p.strength) for p in seen)
         identity = (current.name, current.shape, dtype, _identity(patch.adapter), patch.region, before)
         return self._find(identity, lambda: Term(patch, current, dtype))
 

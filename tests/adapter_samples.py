@@ -1,11 +1,18 @@
-"""Adapters of every kind with random factors, as hosts hold them, and their merges in full, written from the papers."""
+"""Adapters of every kind with random factors, as hosts hold them, their merges in full, and layers to run them beside.
+
+The merges are written from the papers and the trainers' own code, not from `graft.ops.kinds`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from graft.ops import layers
+from graft.ops.adapters import Patch, Region, from_host
+from graft.ops.residual import FactorCache, ResidualStack
 
 Value = tuple
 Shape = tuple[int, ...]
@@ -224,3 +231,52 @@ def _turned(weight: torch.Tensor, kind: str, fields: tuple, s: float) -> torch.T
     if rescale is not None:
         product = product * rescale.double().reshape(-1, 1)
     return (matrix + s * (product - matrix)).reshape(weight.shape)
+
+
+def one_thread() -> Iterator[None]:
+    """A fixture: for tiny tensors the threads' own cost is the larger one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_layer(
+    shape: Shape, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
+) -> layers.PackedLayer:
+    """A Graft layer of `shape` with these weights."""
+    if len(shape) == 2:
+        layer = layers.Linear(shape[1], shape[0], bias=bias is not None)
+    else:
+        kind = {3: layers.Conv1d, 4: layers.Conv2d, 5: layers.Conv3d}[len(shape)]
+        groups = options.get("groups", 1)
+        layer = kind(shape[1] * groups, shape[0], shape[2:], bias=bias is not None, **options)
+    layer.load_weight(weight)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def make_input(shape: Shape, r: Sampler, groups: int = 1) -> torch.Tensor:
+    """A batch of two for such a layer."""
+    if len(shape) == 2:
+        return r(2, 5, shape[1], scale=1.0)
+    return r(2, shape[1] * groups, *(7 for _ in shape[2:]), scale=1.0)
+
+
+def run(
+    layer: layers.PackedLayer, x: torch.Tensor, patches: Sequence[Patch], bias: Sequence[Patch] = (),
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The layer's output with a stack of these patches."""
+    stack = ResidualStack({"layer.weight": list(patches), "layer.bias": list(bias)})
+    stack.build({"layer": layer}, FactorCache(), dtype)
+    with stack.active({"layer": layer}, x.device):
+        return layer(x)
+
+
+def patch_of(
+    value: Any, shape: Shape, s: float, region: Region | None = None, sm: float = 1.0, function: Any = None
+) -> Patch:
+    """A host's value as a patch of a weight of `shape`."""
+    return Patch(s, from_host(value, torch.Size(shape), region, function), sm, region)

@@ -5,45 +5,11 @@ from __future__ import annotations
 import adapter_samples as samples
 import pytest
 import torch
-from adapter_samples import CONV_KINDS, KINDS, LINEAR_KINDS, Sampler, Shape
-from graft.ops import layers
-from graft.ops.adapters import Patch, Region, from_host
-from graft.ops.residual import FactorCache, ResidualStack
+from adapter_samples import CONV_KINDS, KINDS, LINEAR_KINDS, Sampler, Shape, make_input, make_layer, patch_of, run
+from graft.ops.adapters import Region
 
 # sums of some hundreds of products in fp64, in another order
 TOLERANCE = 1e-12
-
-
-def make_layer(shape: Shape, weight: torch.Tensor, bias: torch.Tensor | None = None, **options):
-    """A Graft layer of `shape` with these weights, and an input for it."""
-    if len(shape) == 2:
-        layer = layers.Linear(shape[1], shape[0], bias=bias is not None)
-    else:
-        kind = {3: layers.Conv1d, 4: layers.Conv2d, 5: layers.Conv3d}[len(shape)]
-        groups = options.get("groups", 1)
-        layer = kind(shape[1] * groups, shape[0], shape[2:], bias=bias is not None, **options)
-    layer.load_weight(weight)
-    if bias is not None:
-        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-    return layer
-
-
-def make_input(shape: Shape, r: Sampler, groups: int = 1) -> torch.Tensor:
-    if len(shape) == 2:
-        return r(2, 5, shape[1], scale=1.0)
-    return r(2, shape[1] * groups, *(7 for _ in shape[2:]), scale=1.0)
-
-
-def run(layer, x: torch.Tensor, patches: list[Patch], bias: list[Patch] = (), dtype=None) -> torch.Tensor:
-    """The layer's output with a stack of these patches."""
-    stack = ResidualStack({"layer.weight": list(patches), "layer.bias": list(bias)})
-    stack.build({"layer": layer}, FactorCache(), dtype)
-    with stack.active({"layer": layer}, x.device):
-        return layer(x)
-
-
-def patch_of(value, shape: Shape, s: float, region: Region | None = None, sm: float = 1.0, function=None) -> Patch:
-    return Patch(s, from_host(value, torch.Size(shape), region, function), sm, region)
 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -55,14 +21,7 @@ def assert_same(got: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor, tol
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tiny tensors the threads' own cost is the larger one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+one_thread = pytest.fixture(autouse=True)(samples.one_thread)
 
 LINEAR, CONV1D, CONV2D, CONV3D = (48, 32), (16, 8, 3), (16, 8, 3, 3), (16, 8, 2, 3, 3)
 CASES = [(name, shape) for name in KINDS for shape in (LINEAR, CONV1D, CONV2D, CONV3D)]

@@ -43,13 +43,7 @@ SD3 = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tiny tensors the threads' own cost is the larger one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True)(samples.one_thread)
 
 
 def pair(rows: int, columns: int, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,13 +21,7 @@ CASES = [(name, shape) for name in KINDS for shape in (LINEAR, CONV2D)]
 CASES += [(name, CONV2D) for name in CONV_KINDS if name != "lokr core"] + [(name, LINEAR) for name in LINEAR_KINDS]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tiny tensors the threads' own cost is the larger one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True)(samples.one_thread)
 
 
 def as_the_host_holds_it(value):
