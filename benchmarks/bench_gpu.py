@@ -23,7 +23,9 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -168,28 +170,33 @@ def patched(weight: torch.Tensor, residual: dispatch.LowRank | None) -> torch.Te
     return weight
 
 
-def city96_linear(folder: str) -> Linear:
-    """The decode of a checkout of ComfyUI-GGUF before every `F.linear`, LoRAs patched into the weight."""
+@cache
+def city96_decode(folder: str) -> ModuleType:
+    """`dequant.py` of a checkout of ComfyUI-GGUF."""
     spec = importlib.util.spec_from_file_location(f"city96_{abs(hash(folder))}", Path(folder) / "dequant.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from gguf import GGMLQuantizationType
-
-    def run(x, data, fmt, residual):
-        shape = (data.shape[0], x.shape[-1])
-        weight = module.dequantize(data, GGMLQuantizationType[fmt.name], shape, dtype=None).to(x.dtype)
-        return F.linear(x, patched(weight, residual))
-
-    return run
+    return module
 
 
-def others() -> dict[str, Linear]:
-    """What to compare with besides `F.linear`."""
+def others(fmt: Format) -> dict[str, Linear]:
+    """What to compare with besides `F.linear`: those that have a decode of `fmt` on the GPU."""
     found: dict[str, Linear] = {"torch decode": torch_linear}
     for name, variable in (("city96", "COMFYUI_GGUF"), ("city96 triton", "COMFYUI_GGUF_TRITON")):
-        if os.environ.get(variable):
-            found[name] = city96_linear(os.environ[variable])
+        if not os.environ.get(variable):
+            continue
+        from gguf import GGMLQuantizationType
+
+        module, kind = city96_decode(os.environ[variable]), GGMLQuantizationType[fmt.name]
+        if kind not in module.dequantize_functions:
+            continue
+
+        def run(x, data, fmt, residual, module=module, kind=kind):
+            weight = module.dequantize(data, kind, (data.shape[0], x.shape[-1]), dtype=None).to(x.dtype)
+            return F.linear(x, patched(weight, residual))
+
+        found[name] = run
     return found
 
 
@@ -229,7 +236,6 @@ def bench_matvec(sizes: Sizes, clock: Clock, device: torch.device, backend: str)
 
 def bench_linear(sizes: Sizes, clock: Clock, device: torch.device, backend: str) -> Iterator[Row]:
     """Every M, shape and type, with 0, 1 and 4 LoRAs."""
-    variants = {"graft": graft_linear(backend)} | others()
     for n, k in sizes.shapes:
         dense = torch.randn(n, k, device=device, dtype=torch.bfloat16)
         for m in sizes.rows:
@@ -240,7 +246,7 @@ def bench_linear(sizes: Sizes, clock: Clock, device: torch.device, backend: str)
                 data = packed(fmt, n, k, device)
                 for loras in sizes.loras:
                     term = low_rank(n, k, loras, device, x.dtype)
-                    for variant, run in variants.items():
+                    for variant, run in ({"graft": graft_linear(backend)} | others(fmt)).items():
                         def call(run=run, x=x, data=data, fmt=fmt, term=term):
                             return run(x, data, fmt, term)
 
@@ -303,9 +309,9 @@ def bench_step(sizes: Sizes, clock: Clock, device: torch.device, backend: str) -
     yield Row("step", "F.linear", "BF16", 0, sizes.width, m, 0, *clock(lambda: block.step(dense)))
     for name in sizes.types:
         for loras in sizes.loras:
-            packed_block = Block(sizes, by_name(name), loras, device)
-            for variant, run in ({"graft": graft_linear(backend)} | others()).items():
-                def call(block=packed_block, run=run):
+            quantized = Block(sizes, by_name(name), loras, device)
+            for variant, run in ({"graft": graft_linear(backend)} | others(by_name(name))).items():
+                def call(block=quantized, run=run):
                     return block.step(run)
 
                 yield Row("step", variant, name, 0, sizes.width, m, loras, *clock(call), peak=clock.peak(call))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from ..formats import Format
 from . import dequant, plan
 from .matmul import matmul_kernel
 from .matvec import ROWS, UNIT, WARPS, matvec_kernel
+
+logger = logging.getLogger(__name__)
 
 RANK = 16
 """Ranks of a low-rank term taken at a time; the callers pad ranks to it."""
@@ -94,7 +97,16 @@ def _book(fmt: Format, device: torch.device) -> torch.Tensor | None:
 
 def _aligned(data: torch.Tensor, launch: Launch) -> torch.Tensor:
     """`data`, or a copy if it does not begin where a block may: only a view into a foreign buffer can do that."""
-    return data if data.data_ptr() % launch.constants["ALIGN"] == 0 else data.clone()
+    align = launch.constants["ALIGN"]
+    if data.data_ptr() % align == 0:
+        return data
+    _warn_of_copies(align)
+    return data.clone()
+
+
+@cache
+def _warn_of_copies(align: int) -> None:
+    logger.warning("packed weights do not begin at a multiple of %d bytes: they are copied before each use", align)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
