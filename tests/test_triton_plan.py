@@ -121,7 +121,7 @@ def test_warm_compiles_each_type_once(compiled):
     compiled.setattr(launch.Launch, "compile", lambda self, *args: seen.append(self.constants["DECODE"]))
     lines: list[str] = []
     fmts = [BY_NAME[name] for name in ("Q4_K", "F32", "Q4_K", "BF16", "IQ4_XS")]
-    warm(fmts, torch.device("cpu"), torch.bfloat16, (1,), lines.append)
+    warm(fmts, torch.device("cpu"), torch.bfloat16, lines.append)
     assert lines == ["compiling kernels for Q4_K", "compiling kernels for IQ4_XS"]
     assert len(set(map(id, seen))) == 2
 

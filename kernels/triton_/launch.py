@@ -236,8 +236,8 @@ def warm(
     fmts: Iterable[Format],
     device: torch.device,
     dtype: torch.dtype,
-    rows: Iterable[int] = (1, 2),
     progress: Callable[[str], None] | None = None,
+    rows: Iterable[int] = (1, 2),
 ) -> None:
     """Compile what a model in these formats will launch, so that its first step does not.
 
@@ -247,8 +247,8 @@ def warm(
         fmts: the formats in the file; those without a kernel are skipped.
         device: where it will run.
         dtype: of x and of the decoded weights.
-        rows: the small numbers of rows of x to expect: modulation has one or two.
         progress: called with a line per format.
+        rows: the small numbers of rows of x to expect: modulation has one or two.
     """
     if interpreted():
         return
