@@ -20,8 +20,8 @@ from .errors import CorruptFile
 from .formats import Format, by_name
 
 
-FEW_ROWS = 8
-"""Rows of x up to which the `cpu` backend multiplies in fp32 whatever x is in."""
+FEW_ROWS = 2
+"""Rows of x up to which the `cpu` backend multiplies in fp32 whatever x is in: modulations, of one picture or two."""
 
 
 @dataclass(frozen=True, slots=True)
