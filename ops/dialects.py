@@ -178,6 +178,8 @@ def _diffusers_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
         yield from _sd3_names(shapes)
     elif any(name.startswith("input_blocks.") for name in shapes):
         yield from _unet_names(shapes)
+    else:
+        yield from _lumina_names(shapes)
 
 
 def swap_halves(weight: torch.Tensor) -> torch.Tensor:
@@ -211,6 +213,12 @@ _FLUX_DOUBLE = {
     "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
     "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
     "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
+    "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
+}  # fmt: skip
+_FLUX_SINGLE = {
+    "norm.linear": "modulation.lin", "proj_out": "linear2",
+    "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2",  # Flux 2
 }  # fmt: skip
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -227,8 +235,7 @@ def _flux_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
             yield from ((f"{name}attn.{a}", native + fused, r, None) for a, r in zip(parts, _thirds(rows), strict=True))
     for i in _blocks(shapes, "single_blocks"):
         name, native = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
-        yield name + "norm.linear", native + "modulation.lin", None, None
-        yield name + "proj_out", native + "linear2", None, None
+        yield from ((name + a, native + b, None, None) for a, b in _FLUX_SINGLE.items())
         rows, width = (*shapes.get(native + "linear1", ()), 0, 0)[:2]
         for j, part in enumerate(_QKV):
             yield f"{name}attn.{part}", native + "linear1", Region(0, j * width, width), None
@@ -278,6 +285,7 @@ _UNET_WHOLE = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0", "class_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 _UNET_RESNET = {
     "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
@@ -308,6 +316,24 @@ def _unet_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
         else:
             inside = (path[len(native) :] for path in shapes if path.startswith(native + "."))
             yield from ((name + rest, native + rest, None, None) for rest in inside)
+
+
+_LUMINA_WHOLE = {
+    "all_final_layer.2-1.linear": "final_layer.linear", "all_x_embedder.2-1": "x_embedder",
+    "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+}  # fmt: skip
+
+
+def _lumina_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
+    """Lumina 2 and Z-Image: blocks with a fused ``attention.qkv``."""
+    fused = [name for name in shapes if name.endswith(".attention.qkv")]
+    if fused:
+        yield from ((name, native, None, None) for name, native in _LUMINA_WHOLE.items())
+    for native in fused:
+        attention = native.removesuffix("qkv")
+        yield attention + "to_out.0", attention + "out", None, None
+        for part, region in zip(_QKV, _thirds(shapes[native][0]), strict=True):
+            yield attention + part, native, region, None
 
 
 __all__ = ["Target", "extra_dialects", "module_names"]
