@@ -32,42 +32,43 @@ MIXED = ("Q4_K", "Q4_0", "Q5_0", "Q6_K", "Q8_0", "IQ3_S")
 EXTENSION = Path(__file__).parent / "in_forge" / "toy_extension"
 
 
-def flux_tensors(*kinds: str) -> dict[str, tuple[np.ndarray, str]]:
+def flux_tensors(
+    *kinds: str, width: int = WIDTH, depth: int = DEPTH, text: int = WIDTH
+) -> dict[str, tuple[np.ndarray, str]]:
     """Flux with the types `kinds` in turn in its blocks; the outer layers are F16 and F32, norms and biases F32."""
     rng = np.random.default_rng(0)
     turn = itertools.cycle(kinds)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
 
     def linear(name: str, rows: int, columns: int, kind: str | None = None, gain: float = 1.0) -> None:
-        kind = kind or next(turn)
         weight = rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
-        tensors[f"{name}.weight"] = weight, kind
+        tensors[f"{name}.weight"] = weight, kind or next(turn)
         tensors[f"{name}.bias"] = rng.standard_normal(rows, dtype=np.float32) * np.float32(0.02), "F32"
 
     def norms(name: str) -> None:
         for which in ("query_norm", "key_norm"):
-            tensors[f"{name}.{which}.scale"] = np.ones(WIDTH // 2, np.float32), "F32"
+            tensors[f"{name}.{which}.scale"] = np.ones(128, np.float32), "F32"
 
     for name, columns in (("time_in", 256), ("guidance_in", 256), ("vector_in", 768)):
-        linear(f"{name}.in_layer", WIDTH, columns, "F16")
-        linear(f"{name}.out_layer", WIDTH, WIDTH, "F32")
-    linear("img_in", WIDTH, 64, "F16")
-    linear("txt_in", WIDTH, WIDTH, "F16")
-    linear("final_layer.linear", 64, WIDTH, "F32")
-    linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH, "F16")
-    for block in range(DEPTH):
+        linear(f"{name}.in_layer", width, columns, "F16")
+        linear(f"{name}.out_layer", width, width, "F32")
+    linear("img_in", width, 64, "F16")
+    linear("txt_in", width, text, "F16")
+    linear("final_layer.linear", 64, width, "F32")
+    linear("final_layer.adaLN_modulation.1", 2 * width, width, "F16")
+    for block in range(depth):
         for stream in ("img", "txt"):
             name = f"double_blocks.{block}.{stream}"
-            linear(f"{name}_mod.lin", 6 * WIDTH, WIDTH, gain=0.3)
-            linear(f"{name}_attn.qkv", 3 * WIDTH, WIDTH)
-            linear(f"{name}_attn.proj", WIDTH, WIDTH)
-            linear(f"{name}_mlp.0", 4 * WIDTH, WIDTH)
-            linear(f"{name}_mlp.2", WIDTH, 4 * WIDTH)
+            linear(f"{name}_mod.lin", 6 * width, width, gain=0.3)
+            linear(f"{name}_attn.qkv", 3 * width, width)
+            linear(f"{name}_attn.proj", width, width)
+            linear(f"{name}_mlp.0", 4 * width, width)
+            linear(f"{name}_mlp.2", width, 4 * width)
             norms(f"{name}_attn.norm")
         name = f"single_blocks.{block}"
-        linear(f"{name}.linear1", 7 * WIDTH, WIDTH)
-        linear(f"{name}.linear2", WIDTH, 5 * WIDTH)
-        linear(f"{name}.modulation.lin", 3 * WIDTH, WIDTH, gain=0.3)
+        linear(f"{name}.linear1", 7 * width, width)
+        linear(f"{name}.linear2", width, 5 * width)
+        linear(f"{name}.modulation.lin", 3 * width, width, gain=0.3)
         norms(f"{name}.norm")
     return tensors
 

@@ -12,7 +12,7 @@ from forge import forge
 from gguf_samples import write_gguf
 from graft.kernels import FORMATS
 
-pytestmark = [pytest.mark.host, pytest.mark.xdist_group("forge-contract")]
+pytestmark = pytest.mark.host
 
 SCRIPT = Path(__file__).parent / "in_forge" / "checks.py"
 NAMES = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)

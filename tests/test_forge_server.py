@@ -15,7 +15,7 @@ from forge import forge
 from forge_toys import TYPES, Server, serving
 from PIL import Image
 
-pytestmark = [pytest.mark.host, pytest.mark.xdist_group("forge-server")]
+pytestmark = pytest.mark.host
 
 ALL_LORAS = "<lora:whole:0.7><lora:sliced:-0.6><lora:plain:0.8><lora:text:1.5>"
 OFF = {"override_settings": {"graft_mode": "off"}}

@@ -1,0 +1,205 @@
+"""Forge with and without Graft, in one process on the same layers: `make bench-forge`.
+
+Forge's own Flux, one double and one single block at 3072, 256 image and 128 text tokens, fp32 on the CPU,
+with 0, 1 and 4 LoRAs of ranks 16/32/64/32 on every linear layer of the blocks. Forge runs LoRAs in two
+ways: online builds them into each weight in each step, offline requantizes the weights once, where it can.
+
+    FORGE_PATH      Forge's folder (default ~/stable-diffusion-webui-forge)
+    FORGE_PYTHON    its Python (default its venv's)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FORGE = Path(os.environ.get("FORGE_PATH", Path.home() / "stable-diffusion-webui-forge"))
+PYTHON = Path(os.environ.get("FORGE_PYTHON", FORGE / "venv" / "bin" / "python"))
+WIDTH, TEXT = 3072, 4096
+RANKS = (16, 32, 64, 32)
+COUNTS = (0, 1, 4)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = arguments()
+    if not PYTHON.is_file():
+        raise SystemExit(f"there is no Python of Forge at {PYTHON}: set FORGE_PATH or FORGE_PYTHON")
+    tables = [table(kind, measured(kind, chosen.turns), chosen.turns) for kind in chosen.types]
+    text = "\n\n".join([*tables, f"{processor()}, {os.cpu_count()} cores"])
+    print(text)
+    if chosen.markdown:
+        chosen.markdown.write_text(text + "\n", encoding="utf-8")
+
+
+def measured(kind: str, turns: int) -> dict[str, list[float]]:
+    """Write the model, then measure it with Forge's Python; seconds by what was measured."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest  # noqa: F401, binds the checkout
+    from forge_toys import flux_tensors
+    from gguf_samples import write_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = Path(folder, "flux.gguf"), Path(folder, "seconds.json")
+        write_gguf(file, flux_tensors(kind, width=WIDTH, depth=1, text=TEXT))
+        inside = [str(PYTHON), str(Path(__file__).resolve()), "inside", str(file), str(out), str(turns)]
+        subprocess.run(inside, cwd=FORGE, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(out.read_text())
+
+
+def table(kind: str, seconds: dict[str, list[float]], turns: int) -> str:
+    """Medians, and what each adds to the step without a LoRA in the same host."""
+
+    def row(name: str, way: str) -> str:
+        base, *others = (statistics.median(seconds[f"{way} {n}"]) for n in COUNTS)
+        changed = statistics.median(seconds[f"{way} change"])
+        shares = "".join(f" {value:.2f} s ({value / base - 1:+.0%}) |" for value in others)
+        return f"| {name} | {base:.2f} s |{shares} {changed:.2f} s |"
+
+    lines = [
+        f"| {kind}, a step | no LoRA | 1 LoRA | 4 LoRAs | a new strength of the four |", "|---|---|---|---|---|",
+        row("Forge, online", "online"), row("Forge with Graft", "graft"),
+    ]  # fmt: skip
+    offline = f"refuses: it cannot write {kind}"
+    if patching := seconds.get("offline patch"):
+        offline = f"takes {statistics.median(patching):.1f} s to build four LoRAs, or a new strength, into the weights"
+    return "\n".join([*lines, f"\nForge, offline, {offline}. Medians of {turns} turns."])
+
+
+def processor() -> str:
+    try:
+        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return found[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+# in Forge's Python, with Forge's folder as working directory
+
+
+def inside(file: str, out: str, turns: int) -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "in_forge"))
+    import bootstrap  # noqa: F401, before Forge
+    import torch
+
+    with torch.inference_mode():
+        seconds = Bench(file).run(turns)
+    Path(out).write_text(json.dumps(seconds))
+
+
+class Bench:
+    """The model twice, as Forge holds it and as Graft does, and LoRAs for it."""
+
+    def __init__(self, file: str) -> None:
+        import torch
+        from graft.scripts.forge.engine import Engine
+        from graft.scripts.forge.host import detect
+
+        self.engine, self.file = Engine(detect()), file
+        self.theirs = self.patcher()
+        self.engine.install()
+        self.ours = self.patcher()
+        random = torch.Generator().manual_seed(0)
+        self.inputs = {
+            "x": torch.randn(1, 16, 32, 32, generator=random), "timestep": torch.tensor([0.5]),
+            "context": torch.randn(1, 128, TEXT, generator=random), "y": torch.randn(1, 768, generator=random),
+            "guidance": torch.tensor([3.5]),
+        }  # fmt: skip
+        self.loras = [self.lora(rank, random) for rank in RANKS]
+
+    def patcher(self) -> Any:
+        import torch
+        from backend import operations, utils
+        from backend.nn.flux import IntegratedFluxTransformer2DModel
+        from backend.patcher.base import ModelPatcher
+
+        cpu = torch.device("cpu")
+        with operations.using_forge_operations(device=cpu, dtype=torch.float32, bnb_dtype="gguf"):
+            model = IntegratedFluxTransformer2DModel(
+                in_channels=16, vec_in_dim=768, context_in_dim=TEXT, hidden_size=WIDTH, mlp_ratio=4.0, num_heads=24,
+                depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, guidance_embed=True,
+            )  # fmt: skip
+        model.load_state_dict(utils.load_torch_file(self.file))
+        return ModelPatcher(model, cpu, cpu)
+
+    def lora(self, rank: int, random: Any) -> dict[str, tuple]:
+        import torch
+
+        found = {}
+        for name, layer in self.theirs.model.named_modules():
+            if isinstance(layer, self.engine.host.linear) and "blocks" in name:
+                rows, columns = layer.weight.shape
+                up = torch.randn(rows, rank, generator=random) * 0.01
+                down = torch.randn(rank, columns, generator=random) / columns**0.5
+                found[f"{name}.weight"] = ("lora", (up, down, None, None, None))
+        return found
+
+    def loaded(self, base: Any, count: int, strength: float, online: bool) -> Any:
+        """The model as Forge loads it, with the first LoRAs in one of its two modes."""
+        from backend import memory_management
+
+        patcher = base.clone()
+        for index, lora in enumerate(self.loras[:count]):
+            patcher.add_patches(filename=str(index), patches=lora, strength_patch=strength, online_mode=online)
+        memory_management.bake_gguf_model(patcher.model)
+        patcher.refresh_loras()
+        return patcher.model
+
+    def run(self, turns: int) -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {}
+
+        def note(name: str, run: Callable[[], Any]) -> None:
+            start = time.perf_counter()
+            run()
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+        for turn in range(turns + 1):
+            for way, base in (("online", self.theirs), ("graft", self.ours)):
+                self.install(way == "graft")
+                for count in COUNTS:
+                    model = self.loaded(base, count, 0.8, True)
+                    model(**self.inputs)
+                    note(f"{way} {count}", lambda model=model: model(**self.inputs))
+                steady = seconds[f"{way} {COUNTS[-1]}"][-1]
+                note(f"{way} change", lambda base=base: self.loaded(base, COUNTS[-1], 0.4, True)(**self.inputs))
+                seconds[f"{way} change"][-1] -= steady
+            self.install(False)
+            # where the type cannot be requantized, no note is taken
+            with contextlib.suppress(NotImplementedError):
+                note("offline patch", lambda: self.loaded(self.theirs, COUNTS[-1], 0.8, False))
+            self.loaded(self.theirs, 0, 1.0, True)
+            if turn == 0:
+                seconds.clear()  # to warm up
+        return {name: [max(0.0, value) for value in values] for name, values in seconds.items()}
+
+    def install(self, ours: bool) -> None:
+        if ours:
+            self.engine.install()
+        else:
+            self.engine.uninstall()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["inside"]:
+        inside(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        main()
