@@ -164,6 +164,17 @@ def test_linear(fmt, dtype, backend):
     assert_close(got, x, weights.to(dtype), low, low.abs())
 
 
+@every_type
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_few_rows_on_the_cpu_are_multiplied_in_fp32(fmt, dtype):
+    """The weight is not rounded to the narrow dtype, so only the result is."""
+    data, weights = rows_of(fmt, 9, 512)
+    x, bias = normal(2, 512, dtype=dtype), normal(9, seed=1)
+    got = linear(x, data, fmt, bias, backend="cpu")
+    assert got.dtype == dtype
+    assert_close(got, x, weights, bias.double(), bias.double().abs())
+
+
 @some_types
 @host_backends
 def test_backends_multiply_alike(fmt, backend, budget):
@@ -407,7 +418,7 @@ def test_inference_mode_leaves_a_usable_scratch(first, then):
     for mode in (first, then):
         with torch.inference_mode(mode):
             for dtype in DTYPES:
-                x = normal(2, 512, dtype=dtype)
+                x = normal(5, 512, dtype=dtype)
                 assert_close(linear(x, data, fmt), x, weights.to(dtype))
                 assert torch.equal(dequantize(data, fmt, (8, 512), dtype), weights.to(dtype))
 
