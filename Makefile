@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check readme bench bench-comfy bench-adapters bench-gpu kernels-report clean
+.PHONY: help demo test check readme bench bench-comfy bench-forge bench-adapters bench-gpu kernels-report clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -33,10 +33,13 @@ readme: $(READY)  ## write the format matrix in README.md anew
 	$(PY) benchmarks/readme_matrix.py
 
 bench: test  ## every benchmark that runs without a GPU, after the tests
-	$(MAKE) bench-comfy bench-adapters
+	$(MAKE) bench-comfy bench-forge bench-adapters
 
 bench-comfy: $(READY)  ## a step in ComfyUI, against city96/ComfyUI-GGUF (COMFYUI_PATH, COMFYUI_GGUF)
 	$(PY) benchmarks/bench_comfy.py $(ARGS)
+
+bench-forge: $(READY)  ## a step in Forge, against its own online and offline LoRAs (FORGE_PATH)
+	$(PY) benchmarks/bench_forge.py $(ARGS)
 
 bench-adapters: $(READY)  ## what each kind of adapter costs beside its layer
 	$(PY) benchmarks/bench_adapters.py $(ARGS)
