@@ -19,7 +19,6 @@ from . import backends, cpu, scratch
 from .errors import CorruptFile
 from .formats import Format, by_name
 
-
 FEW_ROWS = 2
 """Rows of x up to which the `cpu` backend multiplies in fp32 whatever x is in: modulations, of one picture or two."""
 
