@@ -1,0 +1,42 @@
+"""`make demo` runs from end to end, and notices an error that is too large."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+DEMO = ROOT / "benchmarks" / "demo.py"
+SMALL = ["--types", "Q8_0", "Q4_0", "--width", "256", "--blocks", "1"]
+# the same, with every LoRA a hundredth too strong
+SPOILT = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+import checkout
+from graft.ops import residual
+run = residual.LayerFactors.slots
+residual.LayerFactors.slots = lambda *args: [1.01 * s for s in run(*args)]
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
+
+
+def test_it_prints_a_table_and_draws_it(tmp_path):
+    ran = run(str(DEMO), *SMALL, "--out", str(tmp_path / "demo.png"))
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in ran.stdout.splitlines() if line.strip().startswith(("Q8_0", "Q4_0"))]
+    assert [(row[0], row[5]) for row in rows] == [("Q8_0", "1.0000"), ("Q4_0", "1.0000")]
+
+
+def test_it_fails_if_strengths_are_off_by_a_hundredth(tmp_path):
+    ran = run("-c", SPOILT, str(DEMO.parent), str(DEMO), *SMALL, "--out", str(tmp_path / "demo.png"))
+    assert ran.returncode == 1
+    assert "an error exceeds what rounding explains: Q8_0, Q4_0" in ran.stdout
