@@ -190,12 +190,12 @@ def _through(adapter: Adapter, function: Callable, shape: torch.Size, value: Any
     """`adapter` with the host's function on its ΔW taken in, where that reorders rows."""
     if isinstance(adapter, (Set, Opaque)):
         return adapter
-    order = _row_order(function, shape)
-    if order is None or isinstance(adapter, (Padded, GLoRA, OFT, BOFT, ModelDiff)):
-        return Opaque(value, "its difference passes through a function of the host")
     if isinstance(adapter, DoRA):
         inner = _through(adapter.inner, function, shape, value)
         return inner if isinstance(inner, Opaque) else DoRA(inner, adapter.magnitude, adapter.axis, adapter.norm)
+    order = _row_order(function, shape)
+    if order is None or not adapter.additive or isinstance(adapter, ModelDiff):
+        return Opaque(value, "its difference passes through a function of the host")
     return Permuted(adapter, order)
 
 

@@ -122,6 +122,8 @@ class Adapter:
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """The patched layer's output from the unpatched one's, which may be written to."""
+        if self.is_low_rank:
+            return at.add_mixed(y, at.own(x, p.down) * s, p.up)
         return y.add_(self.added(p, at, x, s))
 
     def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -423,7 +425,7 @@ class GLoRA(Adapter):
         return at.mix(at.mix(x, p.a2), p.a1)
 
     def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return f(x + s * self.turned(p, at, x)).add_(self.added(p, at, x, s))
+        return at.add_mixed(f(x + s * self.turned(p, at, x)), at.own(x, p.b2) * s, p.b1)
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         a1, a2, b1, b2 = (t.to(weight).flatten(1) for t in (self.a1, self.a2, self.b1, self.b2))
@@ -458,7 +460,7 @@ class OFT(Adapter):
         return {"turn": _cayley(self.blocks, self.constraint)}
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return y.add_(at.back(_in_blocks(at.last(y), p.turn)) * (s * s))
+        return at.add_in_blocks(y, p.turn.to(y) * (s * s))
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
         columns = weight.flatten(1).t()
@@ -554,8 +556,16 @@ class BOFT(Adapter):
         return found if self.rescale is None else found | {"gain": _wide(self.rescale).flatten() - 1}
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        gain = None if self.rescale is None else p.gain
-        return y.add_(at.back(self._change(at.last(y), p.turns, gain, s)) * s)
+        gain = None if self.rescale is None else p.gain.to(y.device)
+        turns = p.turns.to(y.device, gain.dtype if gain is not None else torch.promote_types(y.dtype, torch.float32))
+        return at.add_in_blocks(y, self._blocks(turns, gain, s.to(turns)) * s)
+
+    def _blocks(self, turns: torch.Tensor, gain: torch.Tensor | None, s: torch.Tensor) -> torch.Tensor:
+        """BF − I, which never reaches further than 2^(m − 1)·b rows: ``[number, size, size]``."""
+        size = turns.shape[-1] * 2 ** (turns.shape[0] - 1)
+        units = torch.eye(size, dtype=turns.dtype, device=turns.device)
+        units = units.repeat(1, turns.shape[1] * turns.shape[-1] // size)
+        return self._change(units, turns, gain, s).unflatten(-1, (-1, size)).transpose(0, 1)
 
     def _change(self, y: torch.Tensor, turns: torch.Tensor, gain: torch.Tensor | None, s: Any) -> torch.Tensor:
         """BF(y) − y over y's last axis, without the rounding of a difference of nearly equal numbers."""
@@ -653,7 +663,8 @@ class DoRA(Adapter):
         scaled = x * at.spread(p.c, x) if hasattr(p, "c") else x  # else c is in the down factor
         turned = self.inner.turned(p, at, scaled)
         x = torch.addcmul(x, x, at.spread(p.gain.to(x.device) * s, x))
-        return f(x if turned is None else x + s * turned).add_(self.inner.added(p, at, scaled, s))
+        y = f(x if turned is None else x + s * turned)
+        return Adapter.output(self.inner, p, at, y, scaled, s)
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         return self._on_rows(p, at, y, x, s, None)
@@ -661,13 +672,12 @@ class DoRA(Adapter):
     def _on_rows(
         self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor, through: torch.Tensor | None
     ) -> torch.Tensor:
-        difference = self.inner.added(p, at, x, s)
-        if through is not None:
-            difference = difference + s * through
-        if hasattr(p, "c"):
-            difference = difference * at.spread(p.c, x)
         # c − 1 is small: as a factor of its own it keeps its digits in bf16
-        return y.addcmul_(y, at.spread(p.gain.to(y.device) * s, y)).add_(difference)
+        y = y.addcmul_(y, at.spread(p.gain.to(y.device) * s, y))
+        if not hasattr(p, "c"):  # c is in the up factor
+            return self.inner.output(p, at, y, x, s)
+        difference = self.inner.added(p, at, x, s)
+        return y.addcmul_(difference if through is None else difference + s * through, at.spread(p.c, y))
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
         whole = weight + self.inner.delta(weight)
@@ -841,6 +851,7 @@ class Padded(Adapter):
     inner: Adapter
     shape: tuple[int, ...]
 
+    additive: ClassVar[bool] = False
     idle_at_zero: ClassVar[bool] = False
 
     @property

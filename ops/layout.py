@@ -36,6 +36,21 @@ class Layout:
             return F.linear(x, matrix.to(x))
         return _CONVS[len(self.kernel)](x, matrix.to(x).reshape(*matrix.shape, *(1,) * len(self.kernel)))
 
+    def add_mixed(self, y: torch.Tensor, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """y with ``mix(t, matrix)`` added, in one pass over y where it is a matmul; y may be written to."""
+        if self.kernel or y.dim() < 2:
+            return y.add_(self.mix(t, matrix))
+        return y.flatten(0, -2).addmm_(t.flatten(0, -2), matrix.to(y).t()).view(y.shape)
+
+    def add_in_blocks(self, y: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """y with its channels times a block-diagonal ``[number, b, b]`` added; y may be written to."""
+        last = y.movedim(self.axis, -1)
+        flat = last.reshape(-1, *blocks.shape[:2])
+        change = torch.bmm(flat.transpose(0, 1), blocks.to(y)).transpose(0, 1)
+        if not self.kernel:
+            return flat.add_(change).view(y.shape)
+        return y.add_(change.reshape(last.shape).movedim(-1, self.axis))
+
     def spread(self, vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``[C]`` in x's dtype and place, to multiply x's channels with."""
         return vector.to(x).reshape(-1, *(1,) * len(self.kernel))
@@ -64,11 +79,3 @@ class Layout:
         if not self.kernel:
             return x.flatten(-2)
         return x.reshape(-1, groups * x.shape[1], *x.shape[2:])
-
-    def last(self, x: torch.Tensor) -> torch.Tensor:
-        """x with the channels in the last place."""
-        return x.movedim(self.axis, -1)
-
-    def back(self, x: torch.Tensor) -> torch.Tensor:
-        """The reverse of `last`."""
-        return x.movedim(-1, self.axis)

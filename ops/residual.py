@@ -110,9 +110,11 @@ class LayerFactors(nn.Module):
         """``F(x) + ((x Aᵀ) ∘ S) Bᵀ`` around any F."""
         y = f(x)
         t = at.own(x, self.down) * at.spread(s, x)
-        for index, (start, first) in enumerate(self.places):
-            up = getattr(self, f"up{index}")
-            ranks = at.narrow(t, first, up.shape[1]) if len(self.places) > 1 else t
+        ups = [getattr(self, f"up{index}") for index in range(len(self.places))]
+        if len(ups) == 1 and len(ups[0]) == y.shape[at.axis]:
+            return at.add_mixed(y, t, ups[0])
+        for up, (start, first) in zip(ups, self.places, strict=True):
+            ranks = at.narrow(t, first, up.shape[1])
             at.narrow(y, start, up.shape[0]).add_(at.mix(ranks, up))
         return y
 
