@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,11 @@ def learning_rate(step: int, steps: int, warm_up: int = 100) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
 
 
-def fit(model: nn.Module, gallery: Gallery, args: argparse.Namespace, look: Path) -> nn.Module:
-    """Train what of `model` requires gradients and return its running average; previews go to `look`."""
+def fit(model: nn.Module, gallery: Gallery, args: argparse.Namespace, look: Path, keep: Callable[[Any], None]) -> None:
+    """Train what of `model` requires gradients.
+
+    Now and then, and at the end, the running average of the weights is given to `keep` and drawn to `look`.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
@@ -113,7 +116,7 @@ def fit(model: nn.Module, gallery: Gallery, args: argparse.Namespace, look: Path
             print(f"step {step}/{args.steps}, loss {np.mean(losses[-50:]):.4f}, {minutes:.1f} min", flush=True)
         if step % 250 == 0 or step == args.steps:
             preview(average, look)
-    return average.module
+            keep(average.module)
 
 
 def initialise(model: MMDiT) -> None:
@@ -145,19 +148,23 @@ def preview(model: Any, path: Path) -> None:
 
 
 def train_base(args: argparse.Namespace) -> None:
+    def keep(trained: MMDiT) -> None:
+        save_file(trained.state_dict(), args.work / "base.safetensors")
+
     model = MMDiT()
     initialise(model)
-    model = fit(model, Gallery("toy", args.pictures, args.seed), args, args.work / "base.png")
-    save_file(model.state_dict(), args.work / "base.safetensors")
+    fit(model, Gallery("toy", args.pictures, args.seed), args, args.work / "base.png", keep)
 
 
 def train_adapter(args: argparse.Namespace) -> None:
+    def keep(trained: Adapted) -> None:
+        tensors = {name: tensor.half().contiguous() for name, tensor in trained.adapter.tensors().items()}
+        save_file(tensors, args.work / f"graft-demo-{args.style}.safetensors")
+
     model = MMDiT().requires_grad_(False)
     model.load_state_dict(load_file(args.work / "base.safetensors"))
     adapted = Adapted(model, adapter_for(args.style, dict(model.named_parameters())))
-    adapted = fit(adapted, Gallery(args.style, args.pictures, args.seed), args, args.work / f"{args.style}.png")
-    tensors = {name: tensor.half().contiguous() for name, tensor in adapted.adapter.tensors().items()}
-    save_file(tensors, HERE / f"graft-demo-{args.style}.safetensors")
+    fit(adapted, Gallery(args.style, args.pictures, args.seed), args, args.work / f"{args.style}.png", keep)
 
 
 def stored_type(name: str, tensor: Tensor, mix: str) -> str:
