@@ -1,7 +1,7 @@
 """Forge with and without Graft, in one process on the same layers: `make bench-forge`.
 
-Forge's own Flux, one double and one single block at 3072, 256 image and 128 text tokens, fp32 on the CPU,
-with 0, 1 and 4 LoRAs of ranks 16/32/64/32 on every linear layer of the blocks. Forge runs LoRAs in two
+Forge's own Flux with one single block at 3072, 256 image and 128 text tokens, fp32 on the CPU, with 0, 1
+and 4 LoRAs of ranks 16/32/64/32 on every linear layer of the block. Forge runs LoRAs in two
 ways: online builds them into each weight in each step, offline requantizes the weights once, where it can.
 
     FORGE_PATH      Forge's folder (default ~/stable-diffusion-webui-forge)
@@ -60,7 +60,7 @@ def measured(kind: str, turns: int) -> dict[str, list[float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder, "flux.gguf"), Path(folder, "seconds.json")
-        write_gguf(file, flux_tensors(kind, width=WIDTH, depth=1, text=TEXT))
+        write_gguf(file, flux_tensors(kind, width=WIDTH, text=TEXT, double=0, single=1))
         inside = [str(PYTHON), str(Path(__file__).resolve()), "inside", str(file), str(out), str(turns)]
         subprocess.run(inside, cwd=FORGE, check=True, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text())
@@ -136,7 +136,7 @@ class Bench:
         with operations.using_forge_operations(device=cpu, dtype=torch.float32, bnb_dtype="gguf"):
             model = IntegratedFluxTransformer2DModel(
                 in_channels=16, vec_in_dim=768, context_in_dim=TEXT, hidden_size=WIDTH, mlp_ratio=4.0, num_heads=24,
-                depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, guidance_embed=True,
+                depth=0, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, guidance_embed=True,
             )  # fmt: skip
         model.load_state_dict(utils.load_torch_file(self.file))
         return ModelPatcher(model, cpu, cpu)

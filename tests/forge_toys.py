@@ -33,7 +33,7 @@ EXTENSION = Path(__file__).parent / "in_forge" / "toy_extension"
 
 
 def flux_tensors(
-    *kinds: str, width: int = WIDTH, depth: int = DEPTH, text: int = WIDTH
+    *kinds: str, width: int = WIDTH, text: int = WIDTH, double: int = DEPTH, single: int = DEPTH
 ) -> dict[str, tuple[np.ndarray, str]]:
     """Flux with the types `kinds` in turn in its blocks; the outer layers are F16 and F32, norms and biases F32."""
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def flux_tensors(
     linear("txt_in", width, text, "F16")
     linear("final_layer.linear", 64, width, "F32")
     linear("final_layer.adaLN_modulation.1", 2 * width, width, "F16")
-    for block in range(depth):
+    for block in range(double):
         for stream in ("img", "txt"):
             name = f"double_blocks.{block}.{stream}"
             linear(f"{name}_mod.lin", 6 * width, width, gain=0.3)
@@ -65,6 +65,7 @@ def flux_tensors(
             linear(f"{name}_mlp.0", 4 * width, width)
             linear(f"{name}_mlp.2", width, 4 * width)
             norms(f"{name}_attn.norm")
+    for block in range(single):
         name = f"single_blocks.{block}"
         linear(f"{name}.linear1", 7 * width, width)
         linear(f"{name}.linear2", width, 5 * width)

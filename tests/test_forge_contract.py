@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from forge import forge
 from gguf_samples import write_gguf
 from graft.kernels import FORMATS
+from hosts import ROOT
 
 pytestmark = pytest.mark.host
 
@@ -37,3 +39,20 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(report: dict[str, str], name: str) -> None:
     assert not report[name], report[name]
+
+
+def test_install_is_silent_and_quick() -> None:
+    """Forge runs it at every start. Where something is missing it would install that, which is not for a test to do."""
+    host = forge()
+    listing = "import sys; sys.path.insert(0, sys.argv[1]); import install; "
+    listing += "print(*install.missing(install.REQUIREMENTS.read_text(encoding='utf-8')))"
+    if missing := host.run("-c", listing, str(ROOT)).stdout.strip():
+        pytest.skip(f"install.py was not timed: this Forge lacks {missing}")
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = host.run(str(ROOT / "install.py"), PYTHONPATH=str(host.folder))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and done.stdout == ""
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.3

@@ -14,7 +14,7 @@ from graft.scripts.forge import layout, session
 from graft.scripts.forge.engine import STATE, Engine, ForeignType, Settings, state_of
 from graft.scripts.forge.host import Host
 from graft.scripts.forge.inspection import files, inspect, size
-from graft.scripts.forge.patches import host_patches, read
+from graft.scripts.forge.patches import Reader, host_patches
 from oracle import quantize, random_blocks
 from safetensors.torch import save_file
 from torch import nn
@@ -316,9 +316,21 @@ def test_a_weight_that_says_nothing_stays_with_forge(engine: Engine) -> None:
 def test_control_loras_of_another_width() -> None:
     shape = torch.Size((ROWS, COLUMNS))
     narrow, wide = Adapter(torch.ones(ROWS, 2), torch.ones(2, 64)), Adapter(torch.ones(ROWS, 2), torch.ones(2, 300))
+    read = Reader().read
     assert tuple(read((1.0, narrow, 1.0, None, None), shape).region) == (1, 0, 64)
     assert read((1.0, wide, 1.0, None, None), shape).adapter.shape == (ROWS, 300)
     assert read((1.0, adapter(), 1.0, None, None), shape).region is None
+
+
+def test_the_same_tensors_are_read_once() -> None:
+    shape, reader, lora = torch.Size((ROWS, COLUMNS)), Reader(), adapter()
+    first = reader.read((1.0, ("lora", lora.weights), 1.0, None, None), shape)
+    reader = Reader(reader.known)
+    second = reader.read((0.5, ("lora", tuple(lora.weights)), 1.0, None, None), shape)
+    assert second.adapter is first.adapter and (first.strength, second.strength) == (1.0, 0.5)
+    assert reader.read((1.0, ("lora", adapter().weights), 1.0, None, None), shape).adapter is not first.adapter
+    assert reader.read((1.0, lora, 1.0, [0, 0, ROWS], None), shape).region == (0, 0, ROWS)
+    assert len(reader.known) == 3 and not Reader(reader.known).known
 
 
 def test_patch_lists_of_both_shapes() -> None:

@@ -94,6 +94,7 @@ class LayerState:
     def __init__(self, fmt: Format, shape: torch.Size) -> None:
         self.fmt, self.shape = fmt, shape
         self.math = ForgeMath(fmt, shape)
+        self.known: patches.Known = {}
         self.cache = FactorCache(keep=1)
         self.header: torch.Tensor | None = None
         self.refused = ""
@@ -111,7 +112,8 @@ class LayerState:
     def release(self) -> None:
         """Let go of the factors; they are put together again when the layer next runs."""
         if self.seen:
-            self.residual, self.seen, self.cache = None, (), FactorCache(keep=1)
+            self.residual, self.seen = None, ()
+            self.known, self.cache = {}, FactorCache(keep=1)
 
     def forget(self) -> None:
         """There are no adapters any more."""
@@ -394,18 +396,21 @@ class Engine:
         seen = (dtype, device, self.settings.mode, *(v for p in (*on_weight, (), *on_bias) for v in p or (None,)))
         if len(seen) == len(state.seen) and all(map(_same, seen, state.seen)):
             return
-        left_out: list[str] = []
-        weight = [p for p in (self._read(p, state.shape, left_out) for p in on_weight) if p]
-        biases = [p for p in (self._read(p, state.shape[:1], left_out) for p in on_bias) if p]
+        reader, left_out = patches.Reader(state.known), []
+        weight = [p for p in (self._read(reader, p, state.shape, left_out) for p in on_weight) if p]
+        biases = [p for p in (self._read(reader, p, state.shape[:1], left_out) for p in on_bias) if p]
+        state.known = reader.known
         with state.math.holding(data, bias):
             stack = ResidualStack({"layer.weight": weight, "layer.bias": biases}, self._merge)
             stack.build({"layer": state.math}, state.cache, dtype).to(device)
             state.take(stack.running({"layer": state.math}, device)["layer"], seen, left_out)
 
-    def _read(self, patch: Sequence, shape: torch.Size, left_out: list[str]) -> Patch | None:
+    def _read(
+        self, reader: patches.Reader, patch: Sequence, shape: torch.Size, left_out: list[str]
+    ) -> Patch | None:
         """One patch as an adapter; None if it fits nothing, which is noted."""
         try:
-            read = patches.read(patch, shape)
+            read = reader.read(patch, shape)
             part = shape if read.region is None else read.region.within(shape)
         except GraftError as error:
             left_out.append(str(error))

@@ -42,18 +42,49 @@ def host_patches(layer: nn.Module, name: str) -> list[HostPatch]:
     return found
 
 
-def read(patch: HostPatch, shape: torch.Size) -> Patch:
-    """One patch of a parameter of `shape`.
+Known = dict[tuple, tuple[Any, Adapter, "Region | None"]]
 
-    Raises:
-        AdapterError: it cannot be applied to this parameter.
+
+class Reader:
+    """Turns patches of one layer into adapters, each once: Forge wraps the same tensors anew for each strength.
+
+    Attributes:
+        known: what this reader has read, for the next one.
     """
-    strength, value, strength_model, offset, function = (*patch, 1.0, None, None)[:5]
+
+    def __init__(self, before: Known | None = None) -> None:
+        self._before = before or {}
+        self.known: Known = {}
+
+    def read(self, patch: HostPatch, shape: torch.Size) -> Patch:
+        """One patch of a parameter of `shape`.
+
+        Raises:
+            AdapterError: it cannot be applied to this parameter.
+        """
+        strength, value, strength_model, offset, function = (*patch, 1.0, None, None)[:5]
+        offset = None if offset is None else tuple(offset)
+        key = (len(shape), offset, function, _identity(value))
+        found = self.known.get(key) or self._before.get(key)
+        # with the value, whose tensors' ids must not come back for others
+        _, adapter, region = self.known[key] = found or (value, *_adapter(value, shape, offset, function))
+        return Patch(strength, adapter, strength_model, region, None, tuple(patch))
+
+
+def _adapter(value: Any, shape: torch.Size, offset: Any, function: Any) -> tuple[Adapter, Region | None]:
     region = None if offset is None else Region(*offset)
     if region is None and _is_lora(value) and len(shape) > 1:
         value, region = _fit_columns(value, shape)
-    adapter = from_host(value, shape, region, function)
-    return Patch(strength, adapter, strength_model, region, None, tuple(patch))
+    return from_host(value, shape, region, function), region
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_identity, value))
+    if isinstance(value, (str, float, int, type(None))):
+        return value
+    fields = getattr(value, "weights", None)
+    return id(value) if fields is None else (type(value), _identity(fields))
 
 
 def left_whole(patch: Patch, reason: str) -> Patch:
@@ -97,4 +128,4 @@ def _is_pair(up: torch.Tensor | None, down: torch.Tensor | None, rows: int) -> b
     return up.shape[0] == rows and up.shape[1] == down.shape[0]
 
 
-__all__ = ["AdapterError", "HostPatch", "Unreadable", "host_patches", "is_wide", "left_whole", "read"]
+__all__ = ["AdapterError", "HostPatch", "Reader", "Unreadable", "host_patches", "is_wide", "left_whole"]
