@@ -125,7 +125,8 @@ class App:
             return []
         device = self._device()
         return [
-            ("Kernels", f"{backend_of(self.engine, device)} on {device}"),
+            ("Kernels", backend_of(self.engine, device)),
+            ("Device", str(device)),
             ("Checkpoint", self._checkpoint()),
             *self.engine.host.features.items(),
             ("Added by Graft", ", ".join(self.engine.added) or "none"),

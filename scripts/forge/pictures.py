@@ -10,7 +10,7 @@ STYLE = """<style>
 .graft table{width:100%;border-collapse:collapse;font-size:.95em;margin:0 0 .6em}
 .graft table,.graft table tr,.graft table th,.graft table td{border:none!important;background:none}
 .graft table tr{border-bottom:1px solid var(--border-color-primary)!important}
-.graft table th,.graft table td{padding:.3em .9em .3em 0;text-align:left;vertical-align:top}
+.graft table th,.graft table td{padding:.25em 1em .25em 0!important;text-align:left;vertical-align:top;line-height:1.4}
 .graft table th{font-weight:600;color:var(--body-text-color-subdued)}
 .graft table .number{text-align:right;font-variant-numeric:tabular-nums}
 .graft table td.number{white-space:nowrap}

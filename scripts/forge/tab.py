@@ -186,7 +186,9 @@ def _comparison_row(c: Comparison) -> tuple[str, ...]:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.2g} %" if value >= 1e-3 else f"{value:.1e}"
+    if value < 1e-3:
+        return f"{value:.1e}"
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.1f} %"
 
 
 def _bars(c: Comparison) -> list[tuple[str, float | None, str, str]]:
