@@ -41,9 +41,6 @@ bench-comfy: $(READY)  ## a step in ComfyUI, against city96/ComfyUI-GGUF (COMFYU
 bench-forge: $(READY)  ## a step in Forge, against its own online and offline LoRAs (FORGE_PATH)
 	$(PY) benchmarks/bench_forge.py $(ARGS)
 
-bench-forge: $(READY)  ## a step in Forge, with and without Graft (FORGE_PATH)
-	$(PY) benchmarks/bench_forge.py $(ARGS)
-
 bench-adapters: $(READY)  ## what each kind of adapter costs beside its layer
 	$(PY) benchmarks/bench_adapters.py $(ARGS)
 
