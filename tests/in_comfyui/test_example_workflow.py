@@ -52,7 +52,7 @@ def test_a_workflow_has_a_thumbnail_and_says_where_its_nodes_come_from(path):
 def test_a_workflow_runs_and_its_loras_show(server, path):
     prompt = to_api(json.loads(path.read_text()), server.get("/object_info"))
     base = picture(server, prompt, {})
-    style = picture(server, prompt, {"graft-demo-blueprint.safetensors": 1.0})
+    style = picture(server, prompt, {"graft-demo-neon.safetensors": 1.0})
     assert base.unique().numel() > 20, "the base is a blank picture"
     assert (style - base).abs().float().mean() > 20, "the LoRA does not show"
     assert torch.equal(picture(server, prompt, {}), base), "the base is another one after the LoRA"
