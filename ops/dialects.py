@@ -55,14 +55,13 @@ _FUSED_QKV = re.compile(r"^lycoris_(single_)?transformer_blocks_(\d+)_attn_(to_q
 def extra_dialects(state: State, norm: str = "merged") -> dict[str, torch.Tensor]:
     """The same tensors, with names that ComfyUI's loader leaves unloaded turned into ones that it understands.
 
-    XLabs, Wan-Fun, BFL's control LoRAs, named PEFT adapters, native names under ``base_model.model.``, ``diff_m``,
+    XLabs, Wan-Fun, named PEFT adapters, native names under ``base_model.model.``, ``diff_m``,
     ``lora_B.bias``, ``lora_magnitude_vector`` and SimpleTuner's fused qkv. Names that are understood already stay.
 
     Args:
         norm: ``merged`` leaves PEFT's magnitudes a vector, by which `from_host` knows that they are meant for the norm
             of the merged weight; ``comfy`` makes them the column that ComfyUI's own merge needs.
     """
-    state = _bfl_control(state)
     flux = any("single_transformer_blocks" in key for key in state)
     renamed: dict[str, torch.Tensor] = {}
     for key, value in state.items():
@@ -96,8 +95,11 @@ def _renamed(key: str, flux: bool) -> str:
     return key
 
 
-def _bfl_control(state: State) -> State:
-    """Flux Tools' control LoRAs: native names without a prefix, norm scales in full, an img_in of more channels."""
+def bfl_control(state: State) -> State:
+    """Flux Tools' control LoRAs: native names without a prefix, norm scales in full, an img_in of more channels.
+
+    ComfyUI converts these itself, and differently from version to version.
+    """
     if "img_in.lora_A.weight" not in state or not any(".norm." in key and key.endswith("_norm.scale") for key in state):
         return state
     named = {f"diffusion_model.{key.replace('_norm.scale', '_norm.scale.set_weight')}": v for key, v in state.items()}
@@ -336,4 +338,4 @@ def _lumina_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
             yield attention + part, native, region, None
 
 
-__all__ = ["Target", "extra_dialects", "module_names"]
+__all__ = ["Target", "bfl_control", "extra_dialects", "module_names"]

@@ -22,7 +22,7 @@ import torch
 
 from ..kernels import AdapterError
 from .adapters import Adapter, Patch, Region, from_host
-from .dialects import Target, extra_dialects, module_names
+from .dialects import Target, bfl_control, extra_dialects, module_names
 from .kinds import InputOFT, Opaque
 from .layers import PackedLayer
 from .report import FileReport, cause_of, describe, family_of, is_text_encoder, modules_of
@@ -83,14 +83,15 @@ class AdapterFile:
         shapes = {path: _shape_of(layer) for path, layer in layers.items()}
         known = module_names(shapes) | {name: _target(value) for name, value in (names or {}).items()}
         fitted = FittedAdapters(self, family_of(shapes))
-        for module, fields in modules_of(self.state).items():
+        state = bfl_control(self.state)
+        for module, fields in modules_of(state).items():
             target = known.get(module)
             if is_text_encoder(module):
                 fitted.text_encoder.append(module)
             elif target is None or target.key.removesuffix(".weight") not in shapes:
                 fitted.missing.append(module)
             else:
-                values = {name: self.state[key] for name, key in fields.items()}
+                values = {name: state[key] for name, key in fields.items()}
                 fitted.take(module, values, target, shapes[target.key.removesuffix(".weight")], norm)
         if not fitted.placed:
             raise AdapterError(f"{fitted.report(1.0).line} ({self.path})")

@@ -1,0 +1,123 @@
+"""Files that hold every kind of adapter, on whole models: a Graft model does what ComfyUI does on the decoded one.
+
+Each layer gets another kind, through the host's own loader and the stock nodes' way, and through GraftLoraStack.
+"""
+
+from __future__ import annotations
+
+import math
+
+import adapter_samples as samples
+import pytest
+import torch
+from adapter_samples import Sampler
+from architectures import ARCHITECTURES, write_model
+from generation import dense_model, distance, fingerprint, forget, sample, with_lora
+from safetensors.torch import save_file
+
+TYPES = ("Q8_0", "Q4_K", "IQ3_S")
+CASES = [(a, t) for a in ARCHITECTURES for t in TYPES]
+
+# the host leaves LoKr with a core out
+EXACT = [k for k in (samples.KINDS | samples.CONV_KINDS) if "oft" not in k and k != "lokr core"]
+TURNED = ["oft", "boft", "oft constrained", "lora", "boft rescaled"]
+"""ComfyUI inverts their matrices in fp32."""
+
+FIELDS = {
+    "lora": ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale"),
+    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
+    "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+             "dora_scale"),
+    "glora": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha", "dora_scale"),
+    "oft": ("oft_blocks", "rescale", "alpha"),
+    "boft": ("oft_blocks", "rescale", "alpha"),
+    "diff": ("diff",),
+    "set": ("set_weight",),
+}  # fmt: skip
+MAGNITUDE = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5}
+SIZE = 0.3  # of ΔW over W
+
+
+def sized(value: tuple, weight: torch.Tensor) -> tuple:
+    """A sample with its ΔW and its magnitudes in proportion to `weight`."""
+    kind, fields = value[0], list(value[1])
+    norm = weight.norm()
+    if kind in ("oft", "boft"):
+        return kind, tuple(fields)
+    if kind in ("diff", "set"):
+        return kind, (fields[0] * (norm / fields[0].norm() * (1 if kind == "set" else SIZE)),)
+    if kind == "glora":
+        fields[0] = fields[0] / weight.shape[1] ** 0.5
+    first = {"lora": 0, "loha": 0, "glora": 2}.get(kind, 0 if fields[0] is not None else 3)
+    delta = samples.difference(torch.zeros(weight.shape, dtype=torch.float64), kind, tuple(fields))
+    fields[first] = fields[first] * (SIZE * norm / delta.norm()).float()
+    magnitude = fields[MAGNITUDE[kind]]
+    if magnitude is not None:
+        axis = 0 if magnitude.shape[0] == weight.shape[0] else 1
+        unit = math.sqrt(weight.numel() / weight.shape[axis])
+        fields[MAGNITUDE[kind]] = magnitude / unit * (norm / math.sqrt(weight.shape[axis])).float()
+    return kind, tuple(fields)
+
+
+def file_of(
+    weights: dict[str, torch.Tensor], biased: set[str], kinds: list[str], seed: int
+) -> dict[str, torch.Tensor]:
+    """A file in kohya's names with one kind after the other, a layer each, and differences of biases."""
+    r, state = Sampler(seed, torch.float32), {}
+    makers = samples.KINDS | samples.CONV_KINDS
+    for i, (name, weight) in enumerate(weights.items()):
+        conv = weight.dim() > 2
+        fitting = [k for k in kinds if conv or k not in samples.CONV_KINDS]
+        kind = fitting[(i + seed) % len(fitting)]
+        if conv and weight[0, 0].numel() > 1 and weight.dim() > 4 and kind in ("loha tucker", "tucker"):
+            kind = "lora"  # the host knows these on images only
+        if any(n % 16 for n in weight.shape[:2]):
+            kind = "diff"
+        value = sized(makers[kind](r, tuple(weight.shape)), weight)
+        for field, tensor in zip(FIELDS[value[0]], value[1], strict=False):
+            if tensor is not None:
+                state[f"lora_unet_{name.replace('.', '_')}.{field}"] = torch.as_tensor(tensor).contiguous()
+        if name in biased:
+            state[f"lora_unet_{name.replace('.', '_')}.diff_b"] = r(weight.shape[0], scale=0.1)
+    return state
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
+def models(request, pack, tmp_path_factory):
+    """A Graft model, ComfyUI's own of the same file, and the weights that adapters go to."""
+    name, type_name = request.param
+    architecture = ARCHITECTURES[name]
+    path = write_model(architecture, type_name, tmp_path_factory.mktemp("gguf") / f"{name}.gguf")
+    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+    dense = dense_model(pack, path)
+    prefix, wanted = "diffusion_model.", (*architecture.lora_layers, "x_embedder", "patch_embedding", "input_blocks.0")
+    weights = {
+        key.removeprefix(prefix).removesuffix(".weight"): value for key, value in dense.model.state_dict().items()
+        if key.endswith(".weight") and key.removeprefix(prefix).startswith(wanted) and key[:-7] in graft.graft.layers
+    }  # fmt: skip
+    yield architecture, graft, dense, weights
+    del graft, dense
+    forget()
+    path.unlink()
+
+
+def test_every_kind_at_once_is_what_comfyui_makes_of_it(models, pack, folders):
+    architecture, graft, dense, weights = models
+    biased = {name for name in weights if graft.graft.layers[f"diffusion_model.{name}"].bias is not None}
+    before, base, ours = fingerprint(graft), sample(dense, architecture), sample(graft, architecture)
+    for kinds, tolerance, seed in ((EXACT, 1e-4, 0), (TURNED, 1e-3, 1)):
+        state = file_of(weights, biased, kinds, seed)
+        want = sample(with_lora(dense, state, 0.7), architecture) - base
+        patched = with_lora(graft, state, 0.7)
+        assert not patched.rejected
+        got = sample(patched, architecture) - ours
+        assert want.norm() > 0.01 * base.norm(), "the file has no effect to compare"
+        assert distance(got, want) < tolerance
+        paths = {r.path for r in patched.residuals.residuals.values()}
+        assert paths == {"residual"}
+        if seed == 0:
+            save_file(state, folders / "loras" / "every_kind.safetensors")
+            stack = pack("nodes.lora").GraftLoraStack().apply(graft, lora_1="every_kind.safetensors", strength_1=0.7)
+            assert distance(sample(stack["result"][0], architecture) - ours, got) < 1e-5
+    assert torch.equal(sample(graft, architecture), ours), "the base is not what it was before the files"
+    assert fingerprint(graft) == before
