@@ -35,7 +35,7 @@ COUNTS = (0, 1, 4)
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     return parser.parse_args()
 
@@ -67,13 +67,14 @@ def measured(kind: str, turns: int) -> dict[str, list[float]]:
 
 
 def table(kind: str, seconds: dict[str, list[float]], turns: int) -> str:
-    """Medians, and what each adds to the step without a LoRA in the same host."""
+    """Medians, and what LoRAs add to the step without one of the same round."""
 
     def row(name: str, way: str) -> str:
-        base, *others = (statistics.median(seconds[f"{way} {n}"]) for n in COUNTS)
-        changed = statistics.median(seconds[f"{way} change"])
-        shares = "".join(f" {value:.2f} s ({value / base - 1:+.0%}) |" for value in others)
-        return f"| {name} | {base:.2f} s |{shares} {changed:.2f} s |"
+        bare, *others = (seconds[f"{way} {n}"] for n in COUNTS)
+        changed = statistics.median(a - b for a, b in zip(seconds[f"{way} change"], others[-1], strict=True))
+        shares = [statistics.median(a / b - 1 for a, b in zip(other, bare, strict=True)) for other in others]
+        steps = "".join(f" {statistics.median(o):.2f} s ({s:+.0%}) |" for o, s in zip(others, shares, strict=True))
+        return f"| {name} | {statistics.median(bare):.2f} s |{steps} {max(0.0, changed):.2f} s |"
 
     lines = [
         f"| {kind}, a step | no LoRA | 1 LoRA | 4 LoRAs | a new strength of the four |", "|---|---|---|---|---|",
@@ -82,7 +83,7 @@ def table(kind: str, seconds: dict[str, list[float]], turns: int) -> str:
     offline = f"refuses: it cannot write {kind}"
     if patching := seconds.get("offline patch"):
         offline = f"takes {statistics.median(patching):.1f} s to build four LoRAs, or a new strength, into the weights"
-    return "\n".join([*lines, f"\nForge, offline, {offline}. Medians of {turns} turns."])
+    return "\n".join([*lines, f"\nForge, offline, {offline}. Medians of {turns} turns of {len(COUNTS) + 1} rounds."])
 
 
 def processor() -> str:
@@ -172,16 +173,17 @@ class Bench:
             run()
             seconds.setdefault(name, []).append(time.perf_counter() - start)
 
+        kinds = [*((str(count), count) for count in COUNTS), ("change", COUNTS[-1])]
         for turn in range(turns + 1):
             for way, base in (("online", self.theirs), ("graft", self.ours)):
                 self.install(way == "graft")
-                for count in COUNTS:
-                    model = self.loaded(base, count, 0.8, True)
-                    model(**self.inputs)
-                    note(f"{way} {count}", lambda model=model: model(**self.inputs))
-                steady = seconds[f"{way} {COUNTS[-1]}"][-1]
-                note(f"{way} change", lambda base=base: self.loaded(base, COUNTS[-1], 0.4, True)(**self.inputs))
-                seconds[f"{way} change"][-1] -= steady
+                self.loaded(base, 0, 1.0, True)(**self.inputs)  # what the other way left in the caches is gone
+                for step in range(len(kinds)):
+                    # each kind comes first once: the order costs none of them more than another
+                    for name, count in kinds[step:] + kinds[:step]:
+                        strength = 0.1 * (step + 1) if name == "change" else 0.8
+                        model = self.loaded(base, count, strength, True)
+                        note(f"{way} {name}", lambda model=model: model(**self.inputs))
             self.install(False)
             # where the type cannot be requantized, no note is taken
             with contextlib.suppress(NotImplementedError):
@@ -189,7 +191,7 @@ class Bench:
             self.loaded(self.theirs, 0, 1.0, True)
             if turn == 0:
                 seconds.clear()  # to warm up
-        return {name: [max(0.0, value) for value in values] for name, values in seconds.items()}
+        return seconds
 
     def install(self, ours: bool) -> None:
         if ours:

@@ -185,10 +185,13 @@ def _linear_by_chunks(
 ) -> None:  # fmt: skip
     for rows, weight in decoded_rows(data, fmt, out.shape[1], x.shape[1], x.dtype, backend):
         part = out[:, rows]
-        if bias is None:
+        chunk_bias = None if bias is None else bias[rows]
+        if x.device.type == "cpu":
+            cpu.matmul(x, weight, chunk_bias, part)
+        elif chunk_bias is None:
             torch.mm(x, weight.t(), out=part)
         else:
-            torch.addmm(bias[rows], x, weight.t(), out=part)
+            torch.addmm(chunk_bias, x, weight.t(), out=part)
         if t is not None and low_rank is not None:
             # while this part of the output is still in cache
             _add_low_rank(part, t, low_rank, rows)
