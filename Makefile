@@ -22,7 +22,7 @@ demo: $(READY)  ## the main job without a host: a table, and demo.png
 	$(PY) benchmarks/demo.py $(ARGS)
 
 test: $(READY)  ## all tests; those that need a GPU or a host say so where there is none
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 check: $(READY)  ## ruff, mypy, and who may import whom
 	$(PY) -m ruff check .
