@@ -16,7 +16,7 @@ import torch
 from .. import kernels
 from ..kernels import CorruptFile, UnsupportedFormat
 from ..ops.gguf_file import GGUFFile, describe, diffusion_tensors, open_gguf
-from ..ops.layers import unpack_leftovers
+from ..ops.layers import packed_layers, unpack_leftovers
 from ..ops.packed import as_weight
 from . import node
 from .ops import GraftOps
@@ -31,6 +31,9 @@ DEMO_FOLDER = "graft_demo"
 """A key of our own for the demo model, since other packs rewrite the shared one."""
 
 REMEDY = "put it into models/diffusion_models, or choose another file"
+
+PROBED = ("patch_embedding", "img_in.proj")
+"""Layers, all small, by whose ``weight.shape[1]`` the host counts the channels of Wan and HunyuanVideo models."""
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,6 +91,7 @@ def load_diffusion_model(
         # on a device that it thinks slow in this dtype the host would go back to fp32
         patcher.model.manual_cast_dtype = dtype
     unpack_leftovers(patcher.model)
+    _unpack_probed(patcher.model)
     patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice))
     for layer in patcher.model.graft.layers.values():
         layer.backend = backend
@@ -96,6 +100,13 @@ def load_diffusion_model(
     make_savable(patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype, backend))
     return adopt(patcher)
+
+
+def _unpack_probed(model: torch.nn.Module) -> None:
+    """Hold the weights of `PROBED` layers decoded, in fp32, so that their shape is what the host reads from it."""
+    for path, layer in packed_layers(model.diffusion_model).items():
+        if path in PROBED and layer.fmt is not None and layer.fmt.is_quantized:
+            layer.load_weight(layer.dequantized())
 
 
 def _warm(file: GGUFFile, patcher: Any, device: torch.device) -> None:

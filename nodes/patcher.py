@@ -25,6 +25,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..kernels import AdapterError
 from ..ops.adapters import Patch, Region, from_host
+from ..ops.kinds import Padded
 from ..ops.layers import PackedLayer, packed_layers
 from ..ops.packed import PackedTensor
 from ..ops.residual import FactorCache, ResidualStack
@@ -124,6 +125,8 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             origin = (strength, value, strength_model, offset, function)
             stack.add(name, Patch(strength, adapter, strength_model, region, None, origin))
             taken.append(key)
+            if isinstance(adapter, Padded) and hasattr(self.model, "concat_cond"):
+                self.add_object_patch("concat_cond", _concat_cond_for(self.model, layer, adapter.shape))
         return taken
 
     def get_additional_models(self) -> list:
@@ -239,6 +242,23 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.state_dict_for_saving(
             self.merged_state_dict(), clip_state_dict, vae_state_dict, clip_vision_state_dict
         )
+
+
+def _concat_cond_for(model: torch.nn.Module, layer: PackedLayer, shape: tuple[int, ...]) -> Callable:
+    """`concat_cond` of a model whose first layer a control LoRA widens.
+
+    The host asks the layer's weight how many channels it takes; it would see the unpatched one.
+    """
+
+    def concat_cond(**kwargs: Any) -> Any:
+        held = layer.weight
+        layer.weight = torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+        try:
+            return type(model).concat_cond(model, **kwargs)
+        finally:
+            layer.weight = held
+
+    return concat_cond
 
 
 def _as_it_is(weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:

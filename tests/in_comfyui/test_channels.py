@@ -1,0 +1,68 @@
+"""Where ComfyUI reads a weight's shape to know how many channels a model takes."""
+
+from __future__ import annotations
+
+import architectures
+import pytest
+import torch
+from architectures import ARCHITECTURES, write_model
+from generation import dense_model, distance, fingerprint, forget, sample, with_lora
+
+FLUX = ARCHITECTURES["flux"]
+
+
+class WithImage:
+    """An architecture whose conditioning brings a control image."""
+
+    latent = FLUX.latent
+
+    def conditioning(self, seed: int) -> list:
+        image = torch.randn(FLUX.latent, generator=torch.Generator().manual_seed(100))
+        return [[context, {**extra, "concat_latent_image": image}] for context, extra in FLUX.conditioning(seed)]
+
+
+def control_lora(rank: int = 16) -> dict[str, torch.Tensor]:
+    """What Flux Tools' control LoRAs do to `img_in`: twice the channels in, a LoRA on all of them."""
+    g = torch.Generator().manual_seed(7)
+    return {
+        "diffusion_model.img_in.lora_up.weight": torch.randn(3072, rank, generator=g) * 0.1,
+        "diffusion_model.img_in.lora_down.weight": torch.randn(rank, 128, generator=g) * 0.1,
+        "diffusion_model.img_in.reshape_weight": torch.tensor([3072, 128]),
+        "diffusion_model.single_blocks.0.linear2.lora_up.weight": torch.randn(3072, rank, generator=g) * 0.01,
+        "diffusion_model.single_blocks.0.linear2.lora_down.weight": torch.randn(rank, 15360, generator=g) * 0.01,
+    }
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "F16"])
+def test_a_control_lora_of_flux_sees_its_image(pack, tmp_path, type_name):
+    path = write_model(FLUX, "Q8_0" if type_name == "F16" else type_name, tmp_path / "flux.gguf")
+    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+    if type_name == "F16":  # as most converters leave img_in
+        layer = graft.graft.layers["diffusion_model.img_in"]
+        layer.load_weight(layer.dequantized(dtype=torch.float16))
+        graft.graft.sources["diffusion_model.img_in"] = layer.weight.data
+    dense = dense_model(pack, path)
+    before, base = fingerprint(graft), sample(graft, FLUX)
+    want, got = (sample(with_lora(model, control_lora()), WithImage()) for model in (dense, graft))
+    blind = sample(with_lora(graft, control_lora()), FLUX)
+    assert distance(got, want) < (1e-5 if type_name == "Q8_0" else 1e-3)  # fp16 rounds what was Q8_0
+    assert distance(blind, want) > 0.01, "the control image has no effect"
+    assert torch.equal(sample(graft, FLUX), base) and fingerprint(graft) == before
+    del graft, dense
+    forget()
+
+
+def test_wan_counts_the_channels_of_a_packed_patch_embedding(pack, tmp_path, monkeypatch):
+    plain = architectures._packed_rows
+
+    def packed_rows(name: str, shape: tuple[int, ...], block: int) -> tuple[int, int] | None:
+        return (64, 256) if name == "patch_embedding.weight" else plain(name, shape, block)
+
+    monkeypatch.setattr(architectures, "_packed_rows", packed_rows)
+    wan = ARCHITECTURES["wan"]
+    path = write_model(wan, "Q8_0", tmp_path / "wan.gguf")
+    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+    assert "Q8_0" in graft.graft.summary
+    assert graft.graft.layers["diffusion_model.patch_embedding"].weight.shape == (256, 16, 1, 2, 2)
+    assert distance(sample(graft, wan), sample(dense_model(pack, path), wan)) < 1e-5
+    forget()
