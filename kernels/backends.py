@@ -64,6 +64,7 @@ def warm(
     backend = triton_backend() if compiled else ""
     if not isinstance(backend, str):
         backend.warm(compiled, device, dtype, progress)
+        choose.cache_clear()  # what did not compile is decoded in another way
 
 
 @functools.cache

@@ -176,7 +176,16 @@ def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: s
         begin, end = max(start, rows.start), min(start + up.shape[0], rows.stop)
         if begin < end:
             part = up[begin - start : end - start].to(out.dtype)
-            out[:, begin - rows.start : end - rows.start].addmm_(t[:, first : first + up.shape[1]], part.t())
+            target, ranks = out[:, begin - rows.start : end - rows.start], t[:, first : first + up.shape[1]]
+            if _writes_strided(out.device):
+                target.addmm_(ranks, part.t())
+            else:
+                target.add_(ranks @ part.t())
+
+
+def _writes_strided(device: torch.device) -> bool:
+    """Whether a product may be written into a slice: up to macOS 14 MPS loses it (pytorch#104832)."""
+    return device.type != "mps"
 
 
 def _linear_by_chunks(
@@ -188,6 +197,8 @@ def _linear_by_chunks(
         chunk_bias = None if bias is None else bias[rows]
         if x.device.type == "cpu":
             cpu.matmul(x, weight, chunk_bias, part)
+        elif not _writes_strided(x.device):
+            part.copy_(F.linear(x, weight, chunk_bias))
         elif chunk_bias is None:
             torch.mm(x, weight.t(), out=part)
         else:

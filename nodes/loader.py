@@ -32,8 +32,9 @@ DEMO_FOLDER = "graft_demo"
 
 REMEDY = "put it into models/diffusion_models, or choose another file"
 
-PROBED = ("patch_embedding", "img_in.proj")
-"""Layers, all small, by whose ``weight.shape[1]`` the host counts the channels of Wan and HunyuanVideo models."""
+PROBED = ("patch_embedding", "img_in.proj", "dec_net.cond_embed")
+"""Layers, all small, of whose weights the host reads more than they compute: the channels of Wan and HunyuanVideo
+models from its shape, the dtype of Z-Image's pixel decoder."""
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -103,7 +104,7 @@ def load_diffusion_model(
 
 
 def _unpack_probed(model: torch.nn.Module) -> None:
-    """Hold the weights of `PROBED` layers decoded, in fp32, so that their shape is what the host reads from it."""
+    """Hold the weights of `PROBED` layers decoded, in fp32, so that the host finds what it looks for."""
     for path, layer in packed_layers(model.diffusion_model).items():
         if path in PROBED and layer.fmt is not None and layer.fmt.is_quantized:
             layer.load_weight(layer.dequantized())

@@ -23,7 +23,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..kernels import AdapterError
+from ..kernels import AdapterError, GraftError
 from ..ops.adapters import Patch, Region, from_host
 from ..ops.kinds import Padded
 from ..ops.layers import PackedLayer, packed_layers
@@ -32,6 +32,10 @@ from ..ops.residual import FactorCache, ResidualStack
 
 log = logging.getLogger(__name__)
 
+_ORPHAN = (
+    "another node copied this MODEL in a way that left its LoRAs behind: connect that node to the model loader, "
+    "and the LoRAs behind it"
+)
 KEY = "graft"
 """Under which our wrapper stands with the host."""
 
@@ -58,10 +62,10 @@ class Graft:
         return self.layers.get(path) if parameter in ("weight", "bias") else None
 
     def return_to_file(self) -> None:
-        """Let go of copies that a device holds and show the memory map again: nothing is copied back."""
+        """Let go of copies, on a device or in memory, and show the memory map again: nothing is copied back."""
         for name, source in self.sources.items():
             layer = self.layers[name]
-            if layer.weight.device != source.device:
+            if layer.weight.data_ptr() != source.data_ptr():
                 layer.weight = torch.nn.Parameter(source, requires_grad=False)
 
 
@@ -71,7 +75,8 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
     residuals: ResidualStack
     hook_residuals: dict[Any, ResidualStack]
     rejected: dict[str, str]
-    hooked: tuple[tuple, ResidualStack] | None = None
+    hooked: dict[tuple, ResidualStack]
+    shows_merged = True
 
     @property
     def graft(self) -> Graft:
@@ -123,9 +128,15 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
                 log.warning("%s: %s", name, error)
                 continue
             origin = (strength, value, strength_model, offset, function)
+            padded = isinstance(adapter, Padded) and hasattr(self.model, "concat_cond")
+            if padded and stack is not self.residuals:
+                # the host makes its conditionings before it switches hooks on
+                self.rejected[name] = "it widens the model's first layer, which a scheduled or masked LoRA cannot"
+                log.warning("%s: %s", name, self.rejected[name])
+                continue
             stack.add(name, Patch(strength, adapter, strength_model, region, None, origin))
             taken.append(key)
-            if isinstance(adapter, Padded) and hasattr(self.model, "concat_cond"):
+            if padded:
                 self.add_object_patch("concat_cond", _concat_cond_for(self.model, layer, adapter.shape))
         return taken
 
@@ -144,8 +155,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         module = self.build_residuals(stack)
         patcher = getattr(module, "patcher", None)
         if patcher is None:
-            patcher = comfy.model_patcher.ModelPatcher(module, self.load_device, self.offload_device)
-            module.patcher = patcher
+            patcher = module.patcher = _factors_patcher(module, self.load_device, self.offload_device)
         return patcher
 
     def _compute_dtype(self) -> torch.dtype:
@@ -158,20 +168,22 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         if not active:
             return self.residuals
         state = tuple((h.hook_ref, h.strength) for h in active)
-        if self.hooked is None or self.hooked[0] != state:
+        if state not in self.hooked:
             combined = self.residuals.copy()
             for hook in active:
                 for key, patches in self.hook_residuals[hook.hook_ref].patches.items():
                     for patch in patches:
                         combined.add(key, replace(patch, strength=patch.strength * hook.strength))
-            self.hooked = (state, combined)
-        return self.hooked[1]
+            self.hooked[state] = combined
+            # prompts with hooks of their own take turns within a step
+            self.graft.factors.keep_at_least(len(self.hooked) + len(self.hook_residuals) + 2)
+        return self.hooked[state]
 
     def restore_hook_patches(self) -> None:
         """After sampling the host forgets the hooks that it registered for it; so do we."""
         super().restore_hook_patches()
         self.hook_residuals = {ref: s for ref, s in self.hook_residuals.items() if ref in self.hook_patches}
-        self.hooked = None
+        self.hooked = {}
 
     @contextmanager
     def grafted(self, device: torch.device) -> Iterator[None]:
@@ -190,12 +202,18 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights and device_to is not None and comfy.model_management.is_device_cpu(device_to):
+            # what is pinned is the copy, and the host would no longer find it
+            getattr(self, "unpin_all_weights", lambda: None)()
             self.graft.return_to_file()
         super().unpatch_model(device_to, unpatch_weights)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
         """What merge nodes read: weights that look and behave like weights, with the residuals behind them."""
-        found = super().get_key_patches(filter_prefix)
+        self.shows_merged = False
+        try:
+            found = super().get_key_patches(filter_prefix)
+        finally:
+            self.shows_merged = True
         for key in found:
             layer = self.graft.layer_of(key)
             if layer is not None:
@@ -207,12 +225,30 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         return [p.origin for p in self.residuals.patches.get(key, ()) if p.origin is not None]
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict:
+        """Weights as a loaded model of the host's would show them: patched."""
         state = super().model_state_dict(filter_prefix)
         return {key: self._shown(key, value) for key, value in state.items()}
 
     def _shown(self, key: str, value: torch.Tensor) -> torch.Tensor:
         layer = self.graft.layer_of(key)
-        return value if layer is None or not key.endswith(".weight") else layer.packed_weight()
+        if layer is None:
+            return value
+        if self.shows_merged and self.residuals.patches.get(key):
+            return self._merged(key, layer)
+        return layer.packed_weight() if key.endswith(".weight") else value
+
+    def _merged(self, key: str, layer: PackedLayer) -> torch.Tensor:
+        """A layer's weight or bias with the residuals of this branch in it, fp32, in memory of its own."""
+        weight = layer.dequantized() if key.endswith(".weight") else layer.bias.float().clone()
+        patches = self.residuals.patches.get(key, ())
+        return merge(self, patches, weight, key) if patches else weight
+
+    def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        """Nodes that extract LoRAs ask here for a patched weight."""
+        layer = self.graft.layer_of(key)
+        if layer is not None and kwargs.get("return_weight"):
+            return self._merged(key, layer)
+        return super().patch_weight_to_device(key, *args, **kwargs)
 
     def merged_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
         """The diffusion model's weights, decoded and with the residuals merged in, for a file of its own.
@@ -224,16 +260,21 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         state = self.model.diffusion_model.state_dict()
         for name, value in state.items():
             key, layer = prefix + name, self.graft.layer_of(prefix + name)
-            if layer is None or value is None:
+            if value is None:
                 continue
-            patches = self.residuals.patches.get(key, ())
+            if layer is None:
+                state[name] = self._hosts_own(key, value)
+                continue
             decoded = name.endswith(".weight") and layer.fmt is not None and layer.fmt.is_quantized
-            if not patches and not decoded:
-                continue
-            weight = layer.dequantized() if name.endswith(".weight") else value.float()
-            merged = merge(self, patches, weight.clone(), key) if patches else weight
-            state[name] = merged.to(dtype if decoded else value.dtype)
+            if decoded or self.residuals.patches.get(key):
+                state[name] = self._merged(key, layer).to(dtype if decoded else value.dtype)
         return state
+
+    def _hosts_own(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        """A parameter outside of our layers, with the patches that the host may not have written into it yet."""
+        if key not in self.patches or key in self.backup:
+            return value
+        return comfy.lora.calculate_weight(self.patches[key], value.float().clone(), key).to(value.dtype)
 
     def state_dict_for_saving(
         self, clip_state_dict: Any = None, vae_state_dict: Any = None, clip_vision_state_dict: Any = None
@@ -242,6 +283,20 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.state_dict_for_saving(
             self.merged_state_dict(), clip_state_dict, vae_state_dict, clip_vision_state_dict
         )
+
+
+class _WholePatcher(comfy.model_patcher.ModelPatcher):
+    """Loads all of its model or nothing: on the host's list of what may be left behind, factors would not appear."""
+
+    def partially_load(self, device_to: torch.device, extra_memory: int = 0, **kwargs: Any) -> Any:
+        return super().partially_load(device_to, extra_memory=1 << 60, **kwargs)
+
+
+def _factors_patcher(module: torch.nn.Module, load_device: Any, offload_device: Any) -> Any:
+    # under dynamic VRAM the host has another class, and treats a load with any plain patcher in it the old way
+    core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    chosen = _WholePatcher if core is comfy.model_patcher.ModelPatcher else core
+    return chosen(module, load_device, offload_device)
 
 
 def _concat_cond_for(model: torch.nn.Module, layer: PackedLayer, shape: tuple[int, ...]) -> Callable:
@@ -284,6 +339,7 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher, parent: GraftPatcher | None
     """Make a patcher of the host's a Graft patcher, with the residuals of the one that it was cloned from."""
     if not isinstance(patcher, GraftPatcher):
         patcher.__class__ = _class_for(type(patcher))
+    patcher.hooked = {}
     if parent is None:
         patcher.residuals, patcher.hook_residuals, patcher.rejected = ResidualStack(), {}, {}
     else:
@@ -303,7 +359,8 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher, parent: GraftPatcher | None
 def _merge_of(reference: Callable[[], GraftPatcher | None]) -> Callable:
     def merge_of_patcher(patches: Sequence[Patch], weight: torch.Tensor, key: str) -> torch.Tensor:
         patcher = reference()
-        assert patcher is not None
+        if patcher is None:
+            raise GraftError(_ORPHAN)
         return merge(patcher, patches, weight, key)
 
     return merge_of_patcher
@@ -312,7 +369,8 @@ def _merge_of(reference: Callable[[], GraftPatcher | None]) -> Callable:
 def _apply_model_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
     def apply_model_grafted(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         patcher = reference()
-        assert patcher is not None
+        if patcher is None:
+            raise GraftError(_ORPHAN)
         with patcher.grafted(x.device):
             return executor(x, *args, **kwargs)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import Format, LowRank, by_name, decoded_rows, dequantize, embedding, linear
+from ..kernels import Format, GraftError, LowRank, by_name, decoded_rows, dequantize, embedding, linear
 from .packed import PackedTensor
 
 if TYPE_CHECKING:
@@ -96,6 +96,11 @@ class PackedLayer(nn.Module):
         return self.weight.to(x.device), None if bias is None else bias.to(x.device), _nothing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():
+            raise GraftError(
+                f"a {type(self).__name__} of shape {list(self.logical_shape)} was given {x.dtype}: this model's code "
+                "casts to the dtype of its weights, which is that of packed bytes; use a file of it that is not GGUF"
+            )
         data, bias, release = self.fetch(x)
         try:
             if self.residual is None:

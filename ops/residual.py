@@ -501,6 +501,10 @@ class FactorCache:
         self._keep = keep
         self.row_norms: dict[tuple[str, Region | None], torch.Tensor] = {}
 
+    def keep_at_least(self, count: int) -> None:
+        """Keep the last `count` stacks alive from now on: as many as take turns within a step."""
+        self._keep = max(self._keep, count)
+
     def factors(self, key: str, patches: Sequence[Patch], shape: torch.Size, dtype: torch.dtype | None) -> LayerFactors:
         identity = (key, shape, dtype, *((_identity(p.adapter), p.region) for p in patches))
         return self._find(identity, lambda: LayerFactors(patches, shape, dtype))

@@ -76,11 +76,9 @@ def test_every_type_has_a_decode_function_and_the_others_say_so():
 def compiled(monkeypatch):
     """As if the kernels were compiled; what is known about devices is forgotten before and after."""
     monkeypatch.setattr(launch, "interpreted", lambda: False)
-    for cached in (launch.unavailable, launch._probe):
-        cached.cache_clear()
+    launch._probe.cache_clear()
     yield monkeypatch
-    for cached in (launch.unavailable, launch._probe):
-        cached.cache_clear()
+    launch._probe.cache_clear()
 
 
 def test_devices_that_triton_does_not_compile_for(compiled):
@@ -124,6 +122,22 @@ def test_warm_compiles_each_type_once(compiled):
     warm(fmts, torch.device("cpu"), torch.bfloat16, lines.append)
     assert lines == ["compiling kernels for Q4_K", "compiling kernels for IQ4_XS"]
     assert len(set(map(id, seen))) == 2
+
+
+def test_a_type_that_does_not_compile_goes_another_way(compiled, caplog):
+    decode = launch.dequantize_launch(BY_NAME["Q6_K"], 256).constants["DECODE"]
+
+    def compile_(self, *args: object) -> None:
+        if self.constants["DECODE"] is decode:
+            raise RuntimeError("ptxas went away")
+
+    compiled.setattr(launch.Launch, "compile", compile_)
+    compiled.setattr(launch, "_failed", {})
+    device = torch.device("cpu")
+    warm([BY_NAME["Q6_K"], BY_NAME["Q4_K"]], device, torch.bfloat16)
+    reason = launch.unavailable(device, BY_NAME["Q6_K"])
+    assert reason == "its kernels for Q6_K do not compile: RuntimeError: ptxas went away" and reason in caplog.text
+    assert launch.unavailable(device, BY_NAME["Q4_K"]) != reason
 
 
 # a driver without a device: enough to compile and to look kernels up, not to launch them

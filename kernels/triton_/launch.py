@@ -198,9 +198,13 @@ def interpreted() -> bool:
     return isinstance(dequant.dequantize_kernel, InterpretedFunction)
 
 
-@cache
+_failed: dict[tuple[torch.device, str], str] = {}
+
+
 def unavailable(device: torch.device, fmt: Format | None = None) -> str | None:
     """None if these kernels can decode `fmt` on `device`, else why not."""
+    if fmt is not None and (device, fmt.name) in _failed:
+        return _failed[device, fmt.name]
     if fmt is not None and fmt.triton is None:
         return f"there is no kernel for {fmt}"
     if interpreted():
@@ -227,9 +231,13 @@ def _probe(device: torch.device) -> str | None:
     try:
         dequantize(block, BY_NAME["Q8_0"], out)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return f"a trial launch failed with {type(error).__name__}: {lines[-1] if lines else 'no message'}"
+        return f"a trial launch failed with {_brief(error)}"
     return None if out.flatten().tolist() == list(range(32)) else "a trial launch gave a wrong result"
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def warm(
@@ -241,7 +249,8 @@ def warm(
 ) -> None:
     """Compile what a model in these formats will launch, so that its first step does not.
 
-    Triton keeps what it compiled on disk: after the first time this takes no more than a moment.
+    Triton keeps what it compiled on disk: after the first time this takes no more than a moment. A format that
+    does not compile is `unavailable` from then on.
 
     Args:
         fmts: the formats in the file; those without a kernel are skipped.
@@ -257,10 +266,14 @@ def warm(
             continue
         if progress is not None:
             progress(f"compiling kernels for {fmt}")
-        with _on(device):
-            dequantize_launch(fmt, fmt.block_size).compile(torch.uint8, _book_type(fmt), dtype, 4096)
-            for m in rows:
-                _warm_linear(fmt, device, dtype, m)
+        try:
+            with _on(device):
+                dequantize_launch(fmt, fmt.block_size).compile(torch.uint8, _book_type(fmt), dtype, 4096)
+                for m in rows:
+                    _warm_linear(fmt, device, dtype, m)
+        except Exception as error:  # whatever a compiler or driver may raise: sampling has another way
+            _failed[device, fmt.name] = f"its kernels for {fmt} do not compile: {_brief(error)}"
+            logger.warning("%s", _failed[device, fmt.name])
 
 
 def _warm_linear(fmt: Format, device: torch.device, dtype: torch.dtype, m: int) -> None:

@@ -380,7 +380,8 @@ class Engine:
         for model in self._models:
             for layer in self.layers(model):
                 state = state_of(layer)
-                if state is not None and layer.weight is not None and layer.weight.device.type != "cpu":
+                # weights may be back in main memory by now: where the layer ran last is where the factors are
+                if state is not None and state.seen and state.seen[1].type != "cpu":
                     state.release()
 
     def _gather(

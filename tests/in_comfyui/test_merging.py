@@ -55,6 +55,38 @@ def test_add_difference(sd3, loras):  # noqa: F811
     assert distance(sample(add_difference(graft), SD3), sample(add_difference(dense), SD3)) < TOLERANCE
 
 
+def test_a_lora_is_extracted_from_a_difference(sd3, loras):  # noqa: F811
+    """"Extract and Save Lora" on what ModelSubtract made; the same tensors as on ComfyUI's own model."""
+    from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
+
+    files = []
+    for model in sd3:
+        difference = ModelSubtract().merge(with_lora(model, loras[0]), model, 1.0)[0]
+        arguments = (difference, 8, "diffusion_model.", "diffusion_model.", {}, LORAType.FULL_DIFF)
+        files.append(calc_lora_model(*arguments, bias_diff=True))
+    ours, theirs = files
+    changed = {k.replace(".lora_A.weight", ".diff") for k in loras[0] if k.endswith("lora_A.weight")}
+    assert changed <= ours.keys() == theirs.keys()
+    for key in changed:
+        assert distance(ours[key].float(), theirs[key].float()) < 1e-3, key  # the file is in fp16
+
+
+def test_the_hosts_own_patches_are_saved(sd3, loras):  # noqa: F811
+    """A norm's difference is not ours; it has to be in the file whether the host has applied it yet or not."""
+    graft, _ = sd3
+    keys = graft.model.state_dict()
+    key = next(k for k in keys if graft.graft.layer_of(k) is None and keys[k].is_floating_point())
+    tuned = graft.clone()
+    tuned.add_patches({key: ("diff", (torch.full_like(keys[key], 0.5),))}, 0.5)
+    before = keys[key].clone()
+    for _ in range(2):
+        saved = tuned.merged_state_dict()[key.removeprefix("diffusion_model.")]
+        assert torch.allclose(saved.float(), before.float() + 0.25, atol=1e-3)
+        sample(tuned, SD3)  # now the host has applied it
+    sample(graft, SD3)
+    assert torch.equal(graft.model.state_dict()[key], before)
+
+
 def test_a_saved_checkpoint_holds_merged_weights(sd3, loras, tmp_path):  # noqa: F811
     graft, dense = sd3
     tuned = with_lora(graft, loras[0], 0.5)
