@@ -174,7 +174,7 @@ class Bench:
             self.time(call)
         found: tuple[list[float], list[float]] = ([], [])
         end = time.perf_counter() + self.seconds / fewer
-        while len(found[0]) < 3 or time.perf_counter() < end:
+        while len(found[0]) < max(1, 3 // fewer) or time.perf_counter() < end:
             for times, call in zip(found, (first, second), strict=True):
                 times.append(self.time(call))
         return found
