@@ -18,7 +18,7 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
 
-demo: $(READY)  ## the main job without a host: a table, and demo.png
+demo: $(READY)  ## a contact sheet of the demo model and a table: demo.png
 	$(PY) benchmarks/demo.py $(ARGS)
 
 test: $(READY)  ## all tests; those that need a GPU or a host say so where there is none

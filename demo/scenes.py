@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIZE = 64  # pixels on a side
+SIZE = 128  # pixels on a side
 Array = np.ndarray
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -63,23 +63,37 @@ def _square(x: Array, y: Array) -> Array:
     return _box(x, y, 0.7, 0.7) - 0.1
 
 
+def _segment(x: Array, y: Array, end_x: float, end_y: float) -> Array:
+    """Distance to the line from the origin to an end."""
+    part = np.clip((x * end_x + y * end_y) / (end_x**2 + end_y**2), 0, 1)
+    return np.hypot(x - part * end_x, y - part * end_y)
+
+
+def _points(x: Array, y: Array, count: int, inner: float) -> Array:
+    """A star with `count` tips at 1.1 and notches at `inner`: by symmetry half an edge is the whole outline."""
+    along, beside = _fold(x, y, count)
+    edge = inner * math.cos(math.pi / count) - 1.1, inner * math.sin(math.pi / count)  # from the tip to the notch
+    outside = (along - 1.1) * edge[1] - beside * edge[0]
+    return np.copysign(_segment(along - 1.1, beside, *edge), outside)
+
+
 def _triangle(x: Array, y: Array) -> Array:
-    y = y - 0.15
-    return np.maximum(y, math.sqrt(0.75) * np.abs(x) - y / 2) - 0.55
+    return _points(x, y - 0.15, 3, 0.55)
 
 
 def _star(x: Array, y: Array) -> Array:
-    along, beside = _fold(x, y, 5)
-    inner = 0.52
-    ix, iy = inner * math.cos(math.pi / 5), inner * math.sin(math.pi / 5)
-    nx, ny = iy, 1.1 - ix  # normal of the edge from the tip (1.1, 0) to the notch (ix, iy)
-    return ((along - 1.1) * nx + beside * ny) / math.hypot(nx, ny)
+    return _points(x, y, 5, 0.5)
 
 
 def _heart(x: Array, y: Array) -> Array:
-    lobes = np.hypot(np.abs(x) - 0.43, y + 0.38) - 0.55
-    diagonal, across = (x + y - 0.05) * math.sqrt(0.5), (y - 0.05 - x) * math.sqrt(0.5)
-    return np.minimum(lobes, _box(diagonal, across, 0.6, 0.6))
+    """A square on its corner, with half a disc on each of its upper sides."""
+    corner = 0.78
+    x, y = np.abs(x), y - 0.08
+    lobe_x, lobe_y = x - corner / 2, y + corner / 2
+    from_lobe = np.hypot(lobe_x, lobe_y) - corner / math.sqrt(2)
+    arc = np.where(lobe_x > lobe_y, np.abs(from_lobe), np.hypot(x, y + corner))
+    outside = np.minimum(from_lobe, x + np.abs(y) - corner)
+    return np.copysign(np.minimum(arc, _segment(x, y - corner, corner, -corner)), outside)
 
 
 def _ring(x: Array, y: Array) -> Array:
@@ -141,14 +155,14 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def _random_thing(rng: np.random.Generator, count: int, index: int) -> Thing:
-    jitter = 0.06 if count == 1 else 0.035
+    jitter = 0.02 if count == 1 else 0.015
     x, y = (SIZE * (at + rng.uniform(-jitter, jitter)) for at in PLACES[count][index])
     return Thing(
         colour=str(rng.choice(list(COLOURS))),
         shape=str(rng.choice(list(SHAPES))),
         centre=(x, y),
-        radius=SIZE * RADIUS[count] * rng.uniform(0.88, 1.12),
-        turn=rng.uniform(-0.3, 0.3),
+        radius=SIZE * RADIUS[count] * rng.uniform(0.95, 1.05),
+        turn=rng.uniform(-0.12, 0.12),
     )
 
 
@@ -173,7 +187,7 @@ def draw_toy(scene: Scene) -> Array:
     """The base style: softly lit shapes with a shadow on a plain ground."""
     image = np.broadcast_to(_colour(GROUNDS, scene.ground) * (1 - 0.05 * _ramp()), (SIZE, SIZE, 3))
     for thing in scene.things:
-        shadow = 0.3 / (1 + np.exp(thing.distance(1.5, 3.5) / 1.5))[..., None]
+        shadow = 0.3 / (1 + np.exp(thing.distance(3, 7) / 3))[..., None]
         image = image * (1 - shadow)
         x, y = thing.local()
         light = 1 - 0.16 * np.clip(x * 0.5 + y, -1.5, 1.5)[..., None]
@@ -190,8 +204,8 @@ def draw_neon(scene: Scene) -> Array:
         away = np.abs(thing.distance())[..., None]
         hue = _colour(COLOURS, thing.colour)
         hue = hue / hue.max()
-        glow = 0.75 * np.exp(-away / 4.5) * hue
-        tube = np.exp(-((away / 1.5) ** 2)) * (0.45 * hue + 0.55)
+        glow = 0.7 * np.exp(-away / 8) * hue
+        tube = np.exp(-((away / 2.6) ** 2)) * (0.45 * hue + 0.55)
         image = 1 - (1 - image) * (1 - np.clip(glow, 0, 1)) * (1 - np.clip(tube, 0, 1))
     return np.clip(image, 0, 1)
 
@@ -199,14 +213,14 @@ def draw_neon(scene: Scene) -> Array:
 def draw_blueprint(scene: Scene) -> Array:
     """White outlines with centre marks on gridded blue paper; colours are lost."""
     rows, columns = np.mgrid[0:SIZE, 0:SIZE]
-    grid = ((rows % 8 == 4) | (columns % 8 == 4))[..., None] * np.float32(0.10)
+    grid = (np.minimum(abs(rows % 16 - 8), abs(columns % 16 - 8)) < 1)[..., None] * np.float32(0.14)
     paper = np.array([0.10, 0.27, 0.58], np.float32) * (1 - 0.08 * _ramp())
     image = paper * (1 - grid) + grid
     white = np.array([0.94, 0.97, 1.0], np.float32)
     for thing in scene.things:
         inside = _cover(thing.distance())
         image = image * (1 - 0.22 * inside) + white * 0.22 * inside
-        ink = _line(thing.distance(), 2.2)
+        ink = _line(thing.distance(), 3.6)
         image = image * (1 - ink) + white * ink
     return np.clip(image, 0, 1)
 
@@ -216,11 +230,11 @@ def draw_linocut(scene: Scene) -> Array:
     rows, columns = np.mgrid[0:SIZE, 0:SIZE]
     image = np.broadcast_to(np.array([0.95, 0.92, 0.84], np.float32), (SIZE, SIZE, 3))
     for thing in scene.things:
-        block = _cover(thing.distance(3.0, 3.0))
+        block = _cover(thing.distance(6.0, 6.0))
         image = image * (1 - block) + _colour(COLOURS, thing.colour) * block
     for thing in scene.things:
         distance = thing.distance()
-        carved = _cover(np.abs((rows + columns + 0.0) % 8 - 4) - 1.1, 1.5) * _cover(distance + 2.5)
+        carved = _cover(np.abs((rows + columns + 0.0) % 16 - 8) - 2.4, 2) * _cover(distance + 5)
         ink = _cover(distance) * (1 - carved)
         image = image * (1 - ink) + np.array([0.10, 0.09, 0.10], np.float32) * ink
     return np.clip(image, 0, 1)

@@ -50,8 +50,8 @@ class GraftDemoPrompt:
         return True
 
     def encode(self, text: str) -> tuple[Any]:
-        context, pooled = pictures.prompt(text)
-        return ([[context, {"pooled_output": pooled}]],)
+        # a copy: the host may write into it
+        return ([[pictures.prompt(text), {"concat_latent_image": pictures.to_host(pictures.places()).clone()}]],)
 
 
 class GraftDemoDecode:
@@ -61,7 +61,7 @@ class GraftDemoDecode:
     SEARCH_ALIASES = ["demo", "graft demo", "toy decode"]  # noqa: RUF012
     CATEGORY = f"{node.CATEGORY}/demo"
     RETURN_TYPES = ("IMAGE",)
-    OUTPUT_TOOLTIPS = ("The pictures, four pixels for each latent one.",)
+    OUTPUT_TOOLTIPS = ("The pictures, eight pixels for each latent one.",)
     FUNCTION = "decode"
 
     @classmethod
@@ -69,4 +69,4 @@ class GraftDemoDecode:
         return {"required": {"samples": ("LATENT", {"tooltip": "Latents that the demo model was sampled to."})}}
 
     def decode(self, samples: dict) -> tuple[Any]:
-        return (pictures.decode(samples["samples"]),)
+        return (pictures.decode(pictures.to_model(samples["samples"].cpu())),)

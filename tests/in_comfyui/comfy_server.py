@@ -83,14 +83,18 @@ class Server:
         async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{self.port}{path}") as answer:
             return await answer.json()
 
-    def run(self, workflow: dict) -> dict:
-        """Queue a workflow in API format, wait for its end, and return its entry in the history."""
-        return asyncio.run(asyncio.wait_for(self._run(workflow), 240))
+    def run(self, workflow: dict, drawn: dict | None = None) -> dict:
+        """Queue a workflow in API format, wait for its end, and return its entry in the history.
 
-    async def _run(self, workflow: dict) -> dict:
+        `drawn` is the same as people see it (UI format), which the front end sends along.
+        """
+        return asyncio.run(asyncio.wait_for(self._run(workflow, drawn), 240))
+
+    async def _run(self, workflow: dict, drawn: dict | None) -> dict:
         address = f"127.0.0.1:{self.port}"
         async with aiohttp.ClientSession() as session, session.ws_connect(f"ws://{address}/ws?clientId=test") as events:
-            body = {"prompt": workflow, "client_id": "test"}
+            extra = {} if drawn is None else {"extra_pnginfo": {"workflow": drawn}}
+            body = {"prompt": workflow, "client_id": "test", "extra_data": extra}
             async with session.post(f"http://{address}/prompt", json=body) as answer:
                 queued = await answer.json()
                 assert answer.status == 200, queued
