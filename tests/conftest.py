@@ -30,15 +30,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share a process and its fixtures (`--dist loadgroup`), but for those that start one of their own.
-
-    Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for.
-    """
-    for item in items:
-        if item.path.name != "test_comfyui.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for."""
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return
     for item in items:
