@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/bench_cpu_gemm.py
 
-Products of [M, 3072] with chunks of [1344, 3072], as `kernels.cpu.matmul` gets them; medians of turns taken in pairs.
+Products of [M, 3072] with chunks of [1344, 3072], as `kernels.linear` makes them; medians of turns taken in pairs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import statistics
 import time
 from collections.abc import Callable
 
+import checkout  # noqa: F401, binds the checkout
 import torch
+from graft.kernels import cpu
 
 ROWS, COLUMNS, CHUNKS, TURNS = 1344, 3072, 4, 15
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
@@ -22,7 +24,7 @@ def mkl(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
+    out.copy_(cpu.onednn_linear(x, weight, None))
 
 
 def milliseconds(product: Product, x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> float:

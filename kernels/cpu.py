@@ -55,18 +55,13 @@ def decode(data: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     library.dequantize_rows_into_raw(fmt.ggml_type, data.numpy(), out.numpy(), rows, columns)
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """``out = x · weightᵀ + bias``: x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, out ``[M, N]`` of any strides."""
-    if x.dtype == torch.float32 and _onednn_wins():
-        out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
-    elif bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x · weightᵀ + bias`` by oneDNN: x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, all fp32."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @functools.cache
-def _onednn_wins() -> bool:
+def onednn_wins() -> bool:
     """Whether to take fp32 products to oneDNN rather than to torch's own choice, which is MKL.
 
     On AMD's processors MKL leaves half of the speed unused: oneDNN, which torch has with it and takes for bf16,
@@ -76,7 +71,7 @@ def _onednn_wins() -> bool:
         return False
     try:
         probe = torch.ones(2, 2)
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(probe, probe, None, "none", [], ""), probe @ probe)
+        return torch.equal(onednn_linear(probe, probe, None), probe @ probe)
     except (AttributeError, RuntimeError):  # the operator that torch.compile calls; not every build has it
         return False
 

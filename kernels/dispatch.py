@@ -183,6 +183,18 @@ def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: s
                 target.add_(ranks @ part.t())
 
 
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """``out = x · weightᵀ + bias``, out a slice of columns."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and cpu.onednn_wins():
+        out.copy_(cpu.onednn_linear(x, weight, bias))
+    elif not _writes_strided(x.device):
+        out.copy_(F.linear(x, weight, bias))
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
 def _writes_strided(device: torch.device) -> bool:
     """Whether a product may be written into a slice: up to macOS 14 MPS loses it (pytorch#104832)."""
     return device.type != "mps"
@@ -194,15 +206,7 @@ def _linear_by_chunks(
 ) -> None:  # fmt: skip
     for rows, weight in decoded_rows(data, fmt, out.shape[1], x.shape[1], x.dtype, backend):
         part = out[:, rows]
-        chunk_bias = None if bias is None else bias[rows]
-        if x.device.type == "cpu":
-            cpu.matmul(x, weight, chunk_bias, part)
-        elif not _writes_strided(x.device):
-            part.copy_(F.linear(x, weight, chunk_bias))
-        elif chunk_bias is None:
-            torch.mm(x, weight.t(), out=part)
-        else:
-            torch.addmm(chunk_bias, x, weight.t(), out=part)
+        _multiply(x, weight, None if bias is None else bias[rows], part)
         if t is not None and low_rank is not None:
             # while this part of the output is still in cache
             _add_low_rank(part, t, low_rank, rows)
