@@ -19,6 +19,19 @@ Shape = tuple[int, ...]
 
 _RANK = 4
 
+FIELDS = {
+    "lora": ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale", "reshape_weight"),
+    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
+    "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+             "dora_scale"),
+    "glora": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha", "dora_scale"),
+    "oft": ("oft_blocks", "rescale", "alpha"),
+    "boft": ("oft_blocks", "rescale", "alpha"),
+    "diff": ("diff",),
+    "set": ("set_weight",),
+}  # fmt: skip
+"""What a kind's values are called in a file, behind the layer's name, in the order in which hosts hold them."""
+
 
 class Sampler:
     """Random factors of one seed and dtype, small enough that ΔW is a few percent of a unit weight."""

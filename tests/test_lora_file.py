@@ -483,21 +483,10 @@ SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, 16, 24, H, 3 * H])
 def sound() -> dict[str, dict[str, torch.Tensor]]:
     """A file of each kind that fits the toy's img_in."""
     r, shape = Sampler(9, torch.float32), FLUX["img_in"]
-    names = {
-        "lora": ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale", "reshape_weight"),
-        "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
-        "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-                 "dora_scale"),
-        "glora": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha", "dora_scale"),
-        "oft": ("oft_blocks", "rescale", "alpha"),
-        "boft": ("oft_blocks", "rescale", "alpha"),
-        "diff": ("diff",),
-        "set": ("set_weight",),
-    }  # fmt: skip
     values = [make(r, shape) for make in samples.KINDS.values()] + [samples.lora(r, shape, reshape=(H, 32))]
     found = {}
     for i, (kind, fields) in enumerate(values):
-        named = zip(names[kind], fields, strict=False)
+        named = zip(samples.FIELDS[kind], fields, strict=False)
         found[f"{i} {kind}"] = {f"{NAME}.{n}": torch.as_tensor(v) for n, v in named if v is not None}
     return found
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import nodes
 import torch
-from architectures import Architecture
+from architectures import ARCHITECTURES, Architecture, write_model
 
 
 def dense_model(pack, path):
@@ -19,6 +23,19 @@ def dense_model(pack, path):
         weight = packed.as_weight(tensor)
         state[name] = weight.dequantize(torch.float32) if isinstance(weight, packed.PackedTensor) else weight.float()
     return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
+
+
+@contextmanager
+def both_models(pack: Any, name: str, type_name: str, folder: Path) -> Iterator[tuple[Architecture, Any, Any]]:
+    """A small architecture, a Graft model of a file of it in `type_name`, and ComfyUI's own; fp32, gone afterwards."""
+    architecture = ARCHITECTURES[name]
+    path = write_model(architecture, type_name, folder / f"{name}.gguf")
+    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+    dense = dense_model(pack, path)
+    yield architecture, graft, dense
+    del graft, dense
+    forget()
+    path.unlink()
 
 
 def sample(model, architecture: Architecture, steps: int = 1, cfg: float = 1.0, seed: int = 3) -> torch.Tensor:

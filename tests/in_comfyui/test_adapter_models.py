@@ -11,8 +11,8 @@ import adapter_samples as samples
 import pytest
 import torch
 from adapter_samples import Sampler
-from architectures import ARCHITECTURES, write_model
-from generation import dense_model, distance, fingerprint, forget, sample, with_lora
+from architectures import ARCHITECTURES
+from generation import both_models, distance, fingerprint, sample, with_lora
 from safetensors.torch import save_file
 
 TYPES = ("Q8_0", "Q4_K", "IQ3_S")
@@ -23,17 +23,6 @@ EXACT = [k for k in (samples.KINDS | samples.CONV_KINDS) if "oft" not in k and k
 TURNED = ["oft", "boft", "oft constrained", "lora", "boft rescaled"]
 """ComfyUI inverts their matrices in fp32."""
 
-FIELDS = {
-    "lora": ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_scale"),
-    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
-    "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-             "dora_scale"),
-    "glora": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha", "dora_scale"),
-    "oft": ("oft_blocks", "rescale", "alpha"),
-    "boft": ("oft_blocks", "rescale", "alpha"),
-    "diff": ("diff",),
-    "set": ("set_weight",),
-}  # fmt: skip
 MAGNITUDE = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5}
 SIZE = 0.3  # of ΔW over W
 
@@ -74,7 +63,7 @@ def file_of(
         if any(n % 16 for n in weight.shape[:2]):
             kind = "diff"
         value = sized(makers[kind](r, tuple(weight.shape)), weight)
-        for field, tensor in zip(FIELDS[value[0]], value[1], strict=False):
+        for field, tensor in zip(samples.FIELDS[value[0]], value[1], strict=False):
             if tensor is not None:
                 state[f"lora_unet_{name.replace('.', '_')}.{field}"] = torch.as_tensor(tensor).contiguous()
         if name in biased:
@@ -85,20 +74,12 @@ def file_of(
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
 def models(request, pack, tmp_path_factory):
     """A Graft model, ComfyUI's own of the same file, and the weights that adapters go to."""
-    name, type_name = request.param
-    architecture = ARCHITECTURES[name]
-    path = write_model(architecture, type_name, tmp_path_factory.mktemp("gguf") / f"{name}.gguf")
-    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
-    dense = dense_model(pack, path)
-    prefix, wanted = "diffusion_model.", (*architecture.lora_layers, "x_embedder", "patch_embedding", "input_blocks.0")
-    weights = {
-        key.removeprefix(prefix).removesuffix(".weight"): value for key, value in dense.model.state_dict().items()
-        if key.endswith(".weight") and key.removeprefix(prefix).startswith(wanted) and key[:-7] in graft.graft.layers
-    }  # fmt: skip
-    yield architecture, graft, dense, weights
-    del graft, dense
-    forget()
-    path.unlink()
+    with both_models(pack, *request.param, tmp_path_factory.mktemp("gguf")) as (architecture, graft, dense):
+        wanted = (*architecture.lora_layers, "x_embedder", "patch_embedding", "input_blocks.0")
+        names = [name.removeprefix("diffusion_model.") for name in graft.graft.layers]
+        state = dense.model.diffusion_model.state_dict()
+        weights = {name: state[f"{name}.weight"] for name in names if name.startswith(wanted)}
+        yield architecture, graft, dense, weights
 
 
 def test_every_kind_at_once_is_what_comfyui_makes_of_it(models, pack, folders):

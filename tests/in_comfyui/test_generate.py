@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, write_model
-from generation import dense_model, distance, fingerprint, forget, sample, with_lora
+from architectures import ARCHITECTURES
+from generation import both_models, distance, fingerprint, sample, with_lora
 from loras import DIALECTS, make_lora, targets
 
 BASE_TOLERANCE = 1e-5  # fp32 sums in another order: some 1e-7 a layer
@@ -18,16 +18,8 @@ CASES = [(a, t) for a in ARCHITECTURES for t in TYPES]
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
 def pair(request, pack, tmp_path_factory):
     """A Graft model and ComfyUI's own of the same file."""
-    name, type_name = request.param
-    architecture = ARCHITECTURES[name]
-    path = write_model(architecture, type_name, tmp_path_factory.mktemp("gguf") / f"{name}.gguf")
-    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
-    dense = dense_model(pack, path)
-    base = sample(dense, architecture)
-    yield architecture, graft, dense, base
-    del graft, dense
-    forget()
-    path.unlink()
+    with both_models(pack, *request.param, tmp_path_factory.mktemp("gguf")) as (architecture, graft, dense):
+        yield architecture, graft, dense, sample(dense, architecture)
 
 
 def test_every_kind_of_layer_is_packed(pair):
