@@ -289,7 +289,7 @@ class LoKr(Adapter):
     Attributes:
         w1: ``[a, c]``, or w1_a ``[a, r]`` and w1_b ``[r, c]``.
         w2: ``[b, d]`` or ``[b, d, k, k]``, or w2_a ``[b, r]`` and w2_b ``[r, d]`` or ``[r, d · k · k]``.
-        t2: ``[r, r, k, k]``, with w2_a ``[r, b]`` and w2_b ``[r, d]``.
+        t2: ``[r, r, k, k]``, with w2_a ``[r, b]`` and w2_b ``[r, d]``; read only where w2 is not whole.
     """
 
     w1: torch.Tensor | None
@@ -333,7 +333,7 @@ class LoKr(Adapter):
             AdapterError: their own factors do not fit each other.
         """
         left = _product_shape("lokr_w1", self.w1, self.w1_a, self.w1_b)
-        if self.t2 is None:
+        if self.t2 is None or self.w2 is not None:
             return left, _product_shape("lokr_w2", self.w2, self.w2_a, self.w2_b)
         assert self.w2_a is not None and self.w2_b is not None
         if self.t2.shape[:2] != (self.w2_a.shape[0], self.w2_b.shape[0]):
@@ -491,7 +491,7 @@ class InputOFT(Adapter):
     def check(self, shape: torch.Size) -> None:
         _check_factors("OFT", oft_R=self.upper)
         size = self.block
-        if size * (size - 1) // 2 != self.upper.shape[1] or size < 2:
+        if self.upper.dim() != 2 or size * (size - 1) // 2 != self.upper.shape[1] or size < 2:
             raise AdapterError(f"oft_R is {times(self.upper.shape)}, which is no triangle: the file is damaged")
         if len(shape) != 2:
             raise AdapterError("PEFT's OFT on a convolution folds overlapping patches, which no weight can: left out")
