@@ -78,6 +78,20 @@ def dora(rank: int, axis: int) -> Callable[[int, int], tuple]:
     return make
 
 
+def boft_shape(n: int, most: int) -> tuple[int, int]:
+    """Stages and block size that LyCORIS takes for n outputs: an even size up to `most`, with 2ᵖ blocks."""
+    size = max(b for b in range(2, most + 1, 2) if n % b == 0 and (n // b).bit_count() == 1)
+    return (n // size).bit_length(), size
+
+
+def boft(most: int) -> Kind:
+    def make(n: int, k: int) -> tuple:
+        stages, size = boft_shape(n, most)
+        return ("boft", (noise(stages, n // size, size, size), None, 0.0, None))
+
+    return Kind(make, lambda n, k: math.prod(boft_shape(n, most)) * n)
+
+
 @dataclass(frozen=True)
 class Kind:
     """An adapter for a weight ``[n, k]``, and its multiply-adds for a row of input."""
@@ -95,9 +109,7 @@ KINDS = {
     "LoKr, factor 8, rank 16": Kind(lokr(8, 16), lambda n, k: 16 * (n + k) + 8 * 8 * 16),
     "GLoRA, rank 32": Kind(glora(32), lambda n, k: 32 * (n + 3 * k)),
     "OFT, blocks of 64": Kind(lambda n, k: ("oft", (noise(n // 64, 64, 64), None, None, None)), lambda n, k: 64 * n),
-    "BOFT, 2 stages of 8": Kind(
-        lambda n, k: ("boft", (noise(2, n // 8, 8, 8), None, 0.0, None)), lambda n, k: 2 * 8 * n
-    ),
+    "BOFT, blocks up to 64": boft(64),
     "DoRA, output axis, rank 32": Kind(dora(32, 0), lambda n, k: 32 * (n + k) + n),
     "DoRA, input axis, rank 32": Kind(dora(32, 1), lambda n, k: 32 * (n + k) + k),
     "full difference": Kind(lambda n, k: ("diff", (noise(n, k),)), lambda n, k: n * k),

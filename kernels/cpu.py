@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -61,19 +62,21 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 @functools.cache
-def onednn_wins() -> bool:
-    """Whether to take fp32 products to oneDNN rather than to torch's own choice, which is MKL.
+def onednn_rows() -> int:
+    """Rows of x up to which fp32 products go to oneDNN rather than to torch's own choice, which is MKL.
 
-    On AMD's processors MKL leaves half of the speed unused: oneDNN, which torch has with it and takes for bf16,
-    needs two thirds of the time at 384 rows and half at one (`benchmarks/bench_cpu_gemm.py`). Both round alike.
+    On AMD's processors MKL leaves speed unused, with AVX512 for any number of rows, with AVX2 for a few only
+    (`benchmarks/bench_cpu_gemm.py`). Both round alike.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _is_amd()):
-        return False
+        return 0
     try:
         probe = torch.ones(2, 2)
-        return torch.equal(onednn_linear(probe, probe, None), probe @ probe)
+        if not torch.equal(onednn_linear(probe, probe, None), probe @ probe):
+            return 0
+        return sys.maxsize if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 32
     except (AttributeError, RuntimeError):  # the operator that torch.compile calls; not every build has it
-        return False
+        return 0
 
 
 def _is_amd() -> bool:

@@ -185,7 +185,7 @@ def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: s
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """``out = x · weightᵀ + bias``, out a slice of columns."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and cpu.onednn_wins():
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] <= cpu.onednn_rows():
         out.copy_(cpu.onednn_linear(x, weight, bias))
     elif not _writes_strided(x.device):
         out.copy_(F.linear(x, weight, bias))

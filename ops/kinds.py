@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -102,6 +102,10 @@ class Adapter:
 
     def check(self, shape: torch.Size) -> None:
         """Raise AdapterError unless it can be applied to a weight of `shape`, ``[out, in, ...]``."""
+
+    def at_strength(self, strength: float) -> Adapter:
+        """This adapter at a strength, where what it holds beside the layer depends on one."""
+        return self
 
     def low_rank(self) -> Factors:
         """The adapter as an additive low-rank term; only if it `is_low_rank`."""
@@ -360,15 +364,25 @@ class LoKr(Adapter):
             return self.w2_a, self.w2_b.flatten(1)
         return self.w2_a.t(), _through_core(self.t2, self.w2_b.flatten(1))
 
-    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        if hasattr(p, "weight"):
-            return at.own(x, p.weight) * s
+    def _in_groups(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """t and w, by which ``t wᵀ`` is s·ΔW x group by group; w1 acts where there is least of it."""
         w1 = p.w1.to(x) * s
         groups = at.grouped(x, w1.shape[1])
         if self.w2 is not None:
-            return at.joined(at.across(at.own(groups, p.w2), w1), w1.shape[0])
-        # the ranks are fewer than the outputs, so the groups are mixed there
-        return at.joined(at.mix(at.across(at.own(groups, p.w2_b), w1), p.w2_a), w1.shape[0])
+            return at.across(groups, w1), p.w2
+        return at.across(at.own(groups, p.w2_b), w1), p.w2_a
+
+    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        if hasattr(p, "weight"):
+            return at.own(x, p.weight) * s
+        t, w = self._in_groups(p, at, x, s)
+        return at.joined(at.own(t, w) if self.w2 is not None else at.mix(t, w), p.w1.shape[0])
+
+    def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        if at.kernel:
+            return super().output(p, at, y, x, s)
+        at.add_mixed(at.grouped(y, p.w1.shape[0]), *self._in_groups(p, at, x, s))
+        return y
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         w1 = self._first().to(weight)
@@ -425,7 +439,8 @@ class GLoRA(Adapter):
         return at.mix(at.mix(x, p.a2), p.a1)
 
     def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return at.add_mixed(f(x + s * self.turned(p, at, x)), at.own(x, p.b2) * s, p.b1)
+        y = f(at.plus_mixed(x, at.mix(x, p.a2) * s, p.a1))
+        return at.add_mixed(y, at.own(x, p.b2) * s, p.b1)
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         a1, a2, b1, b2 = (t.to(weight).flatten(1) for t in (self.a1, self.a2, self.b1, self.b2))
@@ -457,10 +472,10 @@ class OFT(Adapter):
             raise AdapterError(f"OFT blocks of {times(self.blocks.shape)} do not cover {shape[0]} output rows")
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
-        return {"turn": _cayley(self.blocks, self.constraint)}
+        return {"turn": _side_by_side(_cayley(self.blocks, self.constraint))}
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return at.add_in_blocks(y, p.turn.to(y) * (s * s))
+        return at.turn(y, [p.turn], s * s)
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
         columns = weight.flatten(1).t()
@@ -512,10 +527,10 @@ class InputOFT(Adapter):
         return turn if self.upper.dtype == torch.float64 else turn.float()
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
-        return {"turn": self._turn(current.shape[1])}
+        return {"turn": _side_by_side(self._turn(current.shape[1]))}
 
     def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return f(x + s * _in_blocks(x, p.turn))
+        return f(at.turn(x.clone(), [p.turn], s))
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         # row w of W becomes w R, as x becomes x R where W stands for its transpose
@@ -527,20 +542,25 @@ class BOFT(Adapter):
     """OFT as a product of m butterfly stages (Liu et al. 2024; LyCORIS).
 
     Stage i is ``s·Rᵢ + (1 − s)·I`` on blocks of rows 2ⁱ·b/2 apart; BF their product, times `rescale`:
-    ``y + s·(BF(y) − y)``.
+    ``y + s·(BF(y) − y)``. Together LyCORIS's stages reach from one end of y to the other, so that BF would be a matrix
+    as wide as y; a few neighbours at a time make blocks that are small, yet wide enough for a matmul.
 
     Attributes:
         blocks: ``[m, number, b, b]``, number · b = out.
         constraint: the largest norm of Q, 0 for none (the file's alpha).
         rescale: ``[out]``.
+        strength: s of the stages.
     """
 
     blocks: torch.Tensor
     constraint: float = 0.0
     rescale: torch.Tensor | None = None
+    strength: float = 1.0
 
     kind: ClassVar[str] = "boft"
     additive: ClassVar[bool] = False
+    PASS: ClassVar[int] = 170
+    """Multiply-adds for an output in whose time a CPU reads and writes it once."""
 
     def check(self, shape: torch.Size) -> None:
         _check_factors("BOFT", oft_blocks=self.blocks, rescale=self.rescale)
@@ -550,40 +570,73 @@ class BOFT(Adapter):
         if self.rescale is not None and self.rescale.numel() != shape[0]:
             raise AdapterError(f"BOFT rescales {self.rescale.numel()} rows of {shape[0]}")
 
+    def at_strength(self, strength: float) -> BOFT:
+        return replace(self, strength=strength)
+
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
-        # y·Rᵢᵀ: the host turns by R here, by its transpose in OFT
-        found = {"turns": _cayley(self.blocks, self.constraint).transpose(-1, -2)}
-        return found if self.rescale is None else found | {"gain": _wide(self.rescale).flatten() - 1}
+        turns = self._turns() * self.strength
+        bounds = self._bounds()
+        return {
+            f"turn{i}": self._product(turns, first, last, self.rescale if i == len(bounds) - 1 else None)
+            for i, (first, last) in enumerate(bounds)
+        }
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        gain = None if self.rescale is None else p.gain.to(y.device)
-        turns = p.turns.to(y.device, gain.dtype if gain is not None else torch.promote_types(y.dtype, torch.float32))
-        return at.add_in_blocks(y, self._blocks(turns, gain, s.to(turns)) * s)
+        return at.turn(y, list(p.parameters()), s)
 
-    def _blocks(self, turns: torch.Tensor, gain: torch.Tensor | None, s: torch.Tensor) -> torch.Tensor:
-        """BF − I, which never reaches further than 2^(m − 1)·b rows: ``[number, size, size]``."""
-        size = turns.shape[-1] * 2 ** (turns.shape[0] - 1)
-        units = torch.eye(size, dtype=turns.dtype, device=turns.device)
-        units = units.repeat(1, turns.shape[1] * turns.shape[-1] // size)
-        return self._change(units, turns, gain, s).unflatten(-1, (-1, size)).transpose(0, 1)
+    def _turns(self) -> torch.Tensor:
+        # y·Rᵢᵀ: the host turns by R here, by its transpose in OFT
+        return _cayley(self.blocks, self.constraint).transpose(-1, -2)
 
-    def _change(self, y: torch.Tensor, turns: torch.Tensor, gain: torch.Tensor | None, s: Any) -> torch.Tensor:
-        """BF(y) − y over y's last axis, without the rounding of a difference of nearly equal numbers."""
-        half, change = self.blocks.shape[2] // 2, torch.zeros_like(y)
-        for stage in range(turns.shape[0]):
-            k = 2**stage * half
-            mixed = (y + change).unflatten(-1, (-1, 2, k)).transpose(-1, -2).flatten(-3)
-            mixed = _in_blocks(mixed, turns[stage])
-            change = change + s * mixed.unflatten(-1, (-1, k, 2)).transpose(-1, -2).flatten(-3)
-        if gain is None:
-            return change
-        return change + (y + change) * gain.to(y)
+    def _bounds(self) -> list[tuple[int, int]]:
+        """First and last + 1 of the stages that are multiplied: few products, each a pass over y, or narrow ones."""
+        stages, size = self.blocks.shape[0], self.blocks.shape[-1]
+
+        def split(products: int) -> list[tuple[int, int]]:
+            return [(i * stages // products, (i + 1) * stages // products) for i in range(products)]
+
+        def cost(products: int) -> int:
+            return sum(size * 2 ** (last - first - 1) + self.PASS for first, last in split(products))
+
+        return split(min(range(1, stages + 1), key=cost))
+
+    def _product(self, turns: torch.Tensor, first: int, last: int, rescale: torch.Tensor | None) -> torch.Tensor:
+        """The product of some stages, less I, as `Layout.turn` takes it: ``[c, k, g, h, g, h]``."""
+        apart, together, half = 2**first, 2 ** (last - first), turns.shape[-1] // 2
+        size = together * half
+        own = []
+        for stage in range(first, last):
+            below = 2 ** (stage - first)
+            # of each block, the place: above and below this stage within the product, and below the product
+            place = turns[stage].unflatten(0, (-1, together // 2 // below, below, apart))
+            own.append(place.permute(0, 3, 1, 2, 4, 5).flatten(0, 3))
+        gain = None
+        if rescale is not None:
+            gain = (_wide(rescale).flatten() - 1).view(-1, together, apart, half).transpose(1, 2).flatten()
+        units = torch.eye(size, dtype=turns.dtype, device=turns.device).repeat(1, turns[0].numel() // (2 * half * size))
+        change = _butterfly(units, own, gain).unflatten(1, (-1, apart, size)).movedim(0, 2)
+        return change.unflatten(3, (together, half)).unflatten(2, (together, half)).contiguous()
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
         columns = weight.flatten(1).t()
-        turns = _cayley(self.blocks, self.constraint).transpose(-1, -2).to(weight)
         gain = None if self.rescale is None else _wide(self.rescale).flatten() - 1
-        return (columns + s * self._change(columns, turns, gain, s)).t().reshape(weight.shape)
+        change = _butterfly(columns, self._turns().to(weight) * s, gain)
+        return (columns + s * change).t().reshape(weight.shape)
+
+
+def _butterfly(y: torch.Tensor, turns: Iterable[torch.Tensor], gain: torch.Tensor | None) -> torch.Tensor:
+    """BF(y) − y over y's last axis, without the rounding of a difference of nearly equal numbers.
+
+    Args:
+        turns: of each stage ``[number, b, b]``, less I.
+        gain: ``[out]``, less 1.
+    """
+    change = torch.zeros_like(y)
+    for stage, turn in enumerate(turns):
+        k = 2**stage * turn.shape[-1] // 2
+        mixed = (y + change).unflatten(-1, (-1, 2, k)).transpose(-1, -2).flatten(-3)
+        change = change + _in_blocks(mixed, turn).unflatten(-1, (-1, k, 2)).transpose(-1, -2).flatten(-3)
+    return change if gain is None else change + (y + change) * gain.to(y)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1013,6 +1066,12 @@ def _cayley(blocks: torch.Tensor, constraint: float) -> torch.Tensor:
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     turn = 2 * torch.linalg.solve(identity - q, q, left=False)
     return turn if blocks.dtype == torch.float64 else turn.float()
+
+
+def _side_by_side(blocks: torch.Tensor) -> torch.Tensor:
+    """``[number, b, b]`` as `Layout.turn` takes it."""
+    count, size, _ = blocks.shape
+    return blocks.reshape(count, 1, 1, size, 1, size)
 
 
 def _in_blocks(y: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from ..kernels.scratch import rows_per_chunk
 
 if TYPE_CHECKING:
     from .layers import PackedLayer
@@ -36,20 +39,31 @@ class Layout:
             return F.linear(x, matrix.to(x))
         return _CONVS[len(self.kernel)](x, matrix.to(x).reshape(*matrix.shape, *(1,) * len(self.kernel)))
 
-    def add_mixed(self, y: torch.Tensor, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """y with ``mix(t, matrix)`` added, in one pass over y where it is a matmul; y may be written to."""
-        if self.kernel or y.dim() < 2:
-            return y.add_(self.mix(t, matrix))
-        return y.flatten(0, -2).addmm_(t.flatten(0, -2), matrix.to(y).t()).view(y.shape)
+    def plus_mixed(self, x: torch.Tensor, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """``x + mix(t, matrix)`` as a new tensor, in one pass over x where it is a matmul."""
+        if self.kernel or x.dim() < 2:
+            return x + self.mix(t, matrix)
+        return torch.addmm(x.flatten(0, -2), t.flatten(0, -2), matrix.to(x).t()).view(x.shape)
 
-    def add_in_blocks(self, y: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """y with its channels times a block-diagonal ``[number, b, b]`` added; y may be written to."""
+    def add_mixed(self, y: torch.Tensor, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """y with ``mix(t, matrix)`` added to it, in one pass over y where it is a matmul into whole rows."""
+        if self.kernel or not _is_rows(y):
+            return y.add_(self.mix(t, matrix))
+        y.flatten(0, -2).addmm_(t.flatten(0, -2), matrix.to(y).t())
+        return y
+
+    def turn(self, y: torch.Tensor, blocks: Sequence[torch.Tensor], s: torch.Tensor) -> torch.Tensor:
+        """``y + s·(y (I + B₁)(I + B₂)… − y)`` over y's channels, in place.
+
+        Args:
+            blocks: of each B ``[c, k, g, h, g, h]``: it mixes channels over g and h, seen as ``[c, g, k, h]``.
+        """
         last = y.movedim(self.axis, -1)
-        flat = last.reshape(-1, *blocks.shape[:2])
-        change = torch.bmm(flat.transpose(0, 1), blocks.to(y)).transpose(0, 1)
-        if not self.kernel:
-            return flat.add_(change).view(y.shape)
-        return y.add_(change.reshape(last.shape).movedim(-1, self.axis))
+        rows = last.clone(memory_format=torch.contiguous_format) if self.kernel else last
+        rows = rows.reshape(-1, last.shape[-1])
+        for part in rows.split(rows_per_chunk(y.device, rows.shape[1], torch.float32)):
+            _turn(part, blocks, s)
+        return y.copy_(rows.view(last.shape).movedim(-1, self.axis)) if self.kernel else y
 
     def spread(self, vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``[C]`` in x's dtype and place, to multiply x's channels with."""
@@ -79,3 +93,28 @@ class Layout:
         if not self.kernel:
             return x.flatten(-2)
         return x.reshape(-1, groups * x.shape[1], *x.shape[2:])
+
+
+def _is_rows(y: torch.Tensor) -> bool:
+    """Whether all dimensions but the last can be walked through as one, so that y is a matrix in its own memory."""
+    return y.dim() > 1 and all(y.stride(i) == y.stride(i + 1) * y.shape[i + 1] for i in range(y.dim() - 2))
+
+
+def _turn(rows: torch.Tensor, blocks: Sequence[torch.Tensor], s: torch.Tensor) -> None:
+    if len(blocks) == 1:
+        _add_in_blocks(rows, blocks[0].to(rows) * s)
+        return
+    # in fp32, so that what lies between two products is not rounded
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    turned = wide.clone()
+    for block in blocks:
+        _add_in_blocks(turned, block.to(turned))
+    rows.copy_(turned.lerp_(wide, (1 - s).to(turned)))
+
+
+def _add_in_blocks(rows: torch.Tensor, blocks: torch.Tensor) -> None:
+    """Add to ``[n, channels]`` its product with a block-diagonal B, ``[c, k, g, h, g, h]``."""
+    c, k, g, h = blocks.shape[:4]
+    parts = rows.view(-1, c, g, k, h).permute(1, 3, 0, 2, 4)
+    change = torch.bmm(parts.reshape(c * k, -1, g * h), blocks.reshape(c * k, g * h, g * h))
+    parts.add_(change.view(parts.shape))

@@ -424,7 +424,7 @@ def _simplified(patches: Sequence[Patch], shape: torch.Size) -> tuple[tuple[Patc
             # nothing of what was there is left, but for its shape
             simple = [p for p in simple if isinstance(p.adapter, Pad)]
         if patch.strength or not adapter.idle_at_zero or patch.strength_model != 1.0:
-            simple.append(patch)
+            simple.append(replace(patch, adapter=adapter.at_strength(patch.strength)))
     return tuple(simple), rejected
 
 

@@ -101,8 +101,11 @@ def oft(r: Sampler, shape: Shape, constraint: float | None = None) -> Value:
 
 
 def boft(r: Sampler, shape: Shape, rescale: bool = False) -> Value:
-    ones = (1,) * (len(shape) - 1)
-    return ("boft", (r(2, shape[0] // 4, 4, 4), 1 + r(shape[0], *ones, scale=0.1) if rescale else None, 0.5, None))
+    ones, rows = (1,) * (len(shape) - 1), shape[0]
+    # LyCORIS's smallest blocks: an even number, of which there are a power of two, in stages that reach over all rows
+    size = max(4, 2 * rows // (rows & -rows))
+    blocks = r((rows // size).bit_length(), rows // size, size, size)
+    return ("boft", (blocks, None if not rescale else 1 + r(rows, *ones, scale=0.1), 0.5, None))
 
 
 def magnitudes(r: Sampler, shape: Shape, axis: int) -> torch.Tensor:

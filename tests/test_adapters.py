@@ -52,6 +52,22 @@ def test_the_layer_is_as_it_was_once_the_block_is_left() -> None:
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("shape", [(1536, 8), (768, 4, 3)], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("s", [1.0, -0.5])
+def test_bofts_stages_are_multiplied_a_few_at_a_time(shape: Shape, s: float) -> None:
+    r = Sampler(3)
+    layer, x = make_layer(shape, r(*shape, scale=1.0), r(shape[0])), make_input(shape, r)
+    value = samples.boft(r, shape, rescale=True)
+    stages, count, size, _ = value[1][0].shape
+    assert (size, 2 ** (stages - 1)) == (6, count)
+    patch = patch_of(value, shape, s)
+    wide = {name: factor.shape[3] * factor.shape[2] for name, factor in patch.adapter.tensors(None).items()}
+    assert len(wide) == 2 and max(wide.values()) <= 96  # where all stages at once would be as wide as the output
+    wanted = layer.compute_dense(x, samples.merged(layer.weight.data, value, s), layer.bias)
+    assert_same(run(layer, x, [patch]), wanted, layer(x))
+    assert_same(layer.compute_dense(x, patch.adapter.merged(layer.weight.data, s), layer.bias), wanted, layer(x))
+
+
 def random_stack(r: Sampler, shape: Shape, count: int) -> list[tuple]:
     """``(value, s, strength_model, region)`` of random kinds."""
     kinds = [k for k in ALL_KINDS if (k, shape) in CASES]
