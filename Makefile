@@ -21,9 +21,9 @@ help:  ## what there is to make
 demo: $(READY)  ## a contact sheet of the demo model and a table: demo.png
 	$(PY) benchmarks/demo.py $(ARGS)
 
-# loadgroup without groups hands out one test at a time, so that the long ones inside the hosts run side by side
+# worksteal keeps a file's tests in one process, so that one Forge serves them, and evens out at the end
 test: $(READY)  ## all tests; those that need a GPU or a host say so where there is none
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(READY)  ## ruff, mypy, and who may import whom
 	$(PY) -m ruff check .

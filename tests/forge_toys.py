@@ -156,8 +156,8 @@ def write_models(host: Host, folder: Path) -> None:
 class Server:
     """A running Forge with toy models, as a client of its API sees it."""
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self.url, self.folder = url, folder
+    def __init__(self, url: str, folder: Path, process: subprocess.Popen) -> None:
+        self.url, self.folder, self.process = url, folder, process
         self.modules = [
             str(folder / "models" / name)
             for name in ("text_encoder/toy-clip.safetensors", "text_encoder/toy-t5.gguf", "VAE/toy-vae.safetensors")
@@ -211,12 +211,13 @@ class Server:
     def wait(self, ready: Any, seconds: float = 120) -> None:
         """Ask until `ready()` is true; a server that is starting refuses connections."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError, ValueError, AssertionError):
                 if ready():
                     return
             time.sleep(0.3)
-        raise AssertionError(f"the server was not ready within {seconds:.0f} s: see {self.folder / 'log.txt'}")
+        log = (self.folder / "log.txt").read_text(errors="replace")
+        raise AssertionError(f"the server was not ready within {seconds:.0f} s, or ended before:\n{log[-4000:]}")
 
 
 @contextlib.contextmanager
@@ -239,7 +240,7 @@ def serving(host: Host, folder: Path) -> Iterator[Server]:
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "SD_WEBUI_RESTARTING": "1"}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=host.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
-        server = Server(f"http://127.0.0.1:{port}", folder)
+        server = Server(f"http://127.0.0.1:{port}", folder, process)
         try:
             server.wait(server.starts)
             yield server

@@ -183,6 +183,7 @@ def test_the_tab_in_a_browser(server: Server, page: Any) -> None:
     server.image("mixed", f"a toy {ALL_LORAS}")
     page.click("#graft_refresh")
     loaded = page.locator("#graft_loaded")
+    loaded.get_by_text("IQ3_S 4").wait_for()  # the model of an earlier test has none
     loaded.get_by_text("whole ×0.7").wait_for()
     assert "Graft runs the GGUF layers" in page.inner_text("#graft_status")
     text = loaded.inner_text()
