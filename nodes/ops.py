@@ -19,10 +19,17 @@ _interruption_point: Callable[[], None] = getattr(comfy.ops, "run_every_op", lam
 
 
 class HostLayer(PackedLayer):
-    """Brings weights in through `cast_bias_weight`, so that the host's pinning, offload and dynamic VRAM carry them."""
+    """Brings weights in through `cast_bias_weight`, so that the host's pinning, offload and dynamic VRAM carry them.
+
+    Attributes:
+        path: where the layer stands in the whole model; empty until that is there.
+        shown: a parameter as the host's own model would hold it, by its name in the whole model.
+    """
 
     comfy_cast_weights = True
     weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
+    path: str = ""
+    shown: Callable[[str], torch.Tensor]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # on the meta device: a real allocation of the full weight would double memory while loading
@@ -61,6 +68,18 @@ class HostLayer(PackedLayer):
             return *comfy.ops.cast_bias_weight(self, **wanted), _nothing
         data, bias, handle = comfy.ops.cast_bias_weight(self, offloadable=True, **wanted)
         return data, bias, lambda: comfy.ops.uncast_bias_weight(self, data, bias, handle)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Bytes where the whole model is asked, whose memory the host counts by them; else weights.
+
+        ControlNets that share layers with the model ask a part of it.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.path or prefix == f"{self.path}.":
+            return
+        for name in ("weight", "bias"):
+            if prefix + name in destination:
+                destination[prefix + name] = self.shown(f"{self.path}.{name}")
 
     def set_weight(self, weight: torch.Tensor, **kwargs: Any) -> None:
         """Where the host would write a patched weight: a packed one is never written to."""

@@ -29,6 +29,7 @@ from ..ops.kinds import Padded
 from ..ops.layers import PackedLayer, packed_layers
 from ..ops.packed import PackedTensor
 from ..ops.residual import FactorCache, ResidualStack
+from .ops import HostLayer
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Graft:
         layers: every Graft layer by path, e.g. ``diffusion_model.double_blocks.0.img_attn.qkv``.
         sources: the memory-mapped data of each layer, to go back to when the model leaves the GPU.
         summary: one line on the file, for reports.
+        loaded: the branch that the host loaded last, or None.
     """
 
     def __init__(self, model: torch.nn.Module, summary: str = "") -> None:
@@ -54,12 +56,23 @@ class Graft:
         self.sources = {name: layer.weight.data for name, layer in self.layers.items() if layer.weight is not None}
         self.factors = FactorCache()
         self.summary = summary
-        self.saver: Callable[[], GraftPatcher | None] = lambda: None
+        self.loaded: Callable[[], GraftPatcher | None] = lambda: None
+        for name, layer in self.layers.items():
+            if isinstance(layer, HostLayer):
+                layer.path, layer.shown = name, self.shown
 
     def layer_of(self, key: str) -> PackedLayer | None:
         """The layer that parameter `key` belongs to, if it is one of ours."""
         path, _, parameter = key.rpartition(".")
         return self.layers.get(path) if parameter in ("weight", "bias") else None
+
+    def shown(self, key: str) -> torch.Tensor:
+        """A parameter of one of our layers as a loaded model of the host's would hold it: patched."""
+        layer, patcher = self.layer_of(key), self.loaded()
+        assert layer is not None
+        if patcher is not None and patcher.residuals.patches.get(key):
+            return patcher.merged(key, layer).to(patcher.compute_dtype())
+        return layer.packed_weight() if key.endswith(".weight") else layer.bias.detach()
 
     def return_to_file(self) -> None:
         """Let go of copies, on a device or in memory, and show the memory map again: nothing is copied back."""
@@ -149,7 +162,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
     def build_residuals(self, stack: ResidualStack | None = None) -> torch.nn.ModuleList:
         """Concatenate the factors of `stack`, or of this branch, or find them where an earlier build left them."""
         stack = self.residuals if stack is None else stack
-        return stack.build(self.graft.layers, self.graft.factors, self._compute_dtype())
+        return stack.build(self.graft.layers, self.graft.factors, self.compute_dtype())
 
     def _factors_of(self, stack: ResidualStack) -> comfy.model_patcher.ModelPatcher:
         module = self.build_residuals(stack)
@@ -158,7 +171,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             patcher = module.patcher = _factors_patcher(module, self.load_device, self.offload_device)
         return patcher
 
-    def _compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         return getattr(self.model, "manual_cast_dtype", None) or self.model.get_dtype()
 
     def active_stack(self) -> ResidualStack:
@@ -197,7 +210,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             yield
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
-        self.graft.saver = weakref.ref(self)
+        self.graft.loaded = weakref.ref(self)
         return super().partially_load(*args, **kwargs)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -234,10 +247,10 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         if layer is None:
             return value
         if self.shows_merged and self.residuals.patches.get(key):
-            return self._merged(key, layer)
+            return self.merged(key, layer)
         return layer.packed_weight() if key.endswith(".weight") else value
 
-    def _merged(self, key: str, layer: PackedLayer) -> torch.Tensor:
+    def merged(self, key: str, layer: PackedLayer) -> torch.Tensor:
         """A layer's weight or bias with the residuals of this branch in it, fp32, in memory of its own."""
         weight = layer.dequantized() if key.endswith(".weight") else layer.bias.float().clone()
         patches = self.residuals.patches.get(key, ())
@@ -247,7 +260,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         """Nodes that extract LoRAs ask here for a patched weight."""
         layer = self.graft.layer_of(key)
         if layer is not None and kwargs.get("return_weight"):
-            return self._merged(key, layer)
+            return self.merged(key, layer)
         return super().patch_weight_to_device(key, *args, **kwargs)
 
     def merged_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
@@ -257,18 +270,19 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             tensors by their names in ``diffusion_model``; packed ones in `dtype`, others as they are.
         """
         prefix = "diffusion_model."
-        state = self.model.diffusion_model.state_dict()
-        for name, value in state.items():
-            key, layer = prefix + name, self.graft.layer_of(prefix + name)
-            if value is None:
-                continue
-            if layer is None:
-                state[name] = self._hosts_own(key, value)
-                continue
-            decoded = name.endswith(".weight") and layer.fmt is not None and layer.fmt.is_quantized
-            if decoded or self.residuals.patches.get(key):
-                state[name] = self._merged(key, layer).to(dtype if decoded else value.dtype)
-        return state
+        held = {k: v for k, v in self.model.state_dict().items() if k.startswith(prefix)}
+        return {key.removeprefix(prefix): self._saved(key, value, dtype) for key, value in held.items()}
+
+    def _saved(self, key: str, value: Any, dtype: torch.dtype) -> Any:
+        layer = self.graft.layer_of(key)
+        if value is None:
+            return None
+        if layer is None:
+            return self._hosts_own(key, value)
+        decoded = key.endswith(".weight") and layer.fmt is not None and layer.fmt.is_quantized
+        if decoded or self.residuals.patches.get(key):
+            return self.merged(key, layer).to(dtype if decoded else value.dtype)
+        return value
 
     def _hosts_own(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """A parameter outside of our layers, with the patches that the host may not have written into it yet."""
@@ -384,7 +398,7 @@ def make_savable(model: torch.nn.Module) -> None:
         return  # a newer host asks the patcher
 
     def state_dict_for_saving(self: torch.nn.Module, *args: Any, **kwargs: Any) -> dict:
-        patcher = self.graft.saver()
+        patcher = self.graft.loaded()
         if patcher is None:
             return original(*args, **kwargs)
         merged = patcher.merged_state_dict()

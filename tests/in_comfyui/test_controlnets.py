@@ -1,0 +1,93 @@
+"""ControlNets that share layers with the model: they read its weights and must not meet bytes."""
+
+from __future__ import annotations
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.model_management
+import comfy.ops
+import nodes
+import pytest
+import torch
+from generation import both_models, distance, fingerprint, with_lora
+from loras import make_lora
+from small import SD3, loras, sd3  # noqa: F401  (fixtures)
+
+TOLERANCE = 1e-5  # fp32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def unets(pack, tmp_path_factory):
+    """An SD1.5 UNet as a Graft model, and as ComfyUI's own."""
+    with both_models(pack, "sd15", "Q8_0", tmp_path_factory.mktemp("gguf")) as models:
+        yield models
+
+
+def control_lora(model) -> comfy.controlnet.ControlLora:
+    """A Control-LoRA for `model`: the layers that only a ControlNet has in full, and a low rank on some that it shares.
+
+    As in Stability's files; all others come from the model.
+    """
+    g = torch.Generator().manual_seed(5)
+    config = dict(model.model.model_config.unet_config, hint_channels=3, dtype=torch.float32, device="meta")
+    config.pop("out_channels")
+    shapes = comfy.cldm.cldm.ControlNet(**config, operations=comfy.ops.disable_weight_init).state_dict()
+    own, weights = ("input_hint_block", "zero_convs", "middle_block_out"), {"lora_controlnet": torch.tensor([])}
+    for key, value in shapes.items():
+        if key.startswith(own):
+            weights[key] = torch.randn(value.shape, generator=g) * (0.3 / max(1, value[0].numel()) ** 0.5)
+        elif key.endswith("to_q.weight"):
+            name = key.removesuffix(".weight")
+            weights[f"{name}.down"] = torch.randn(4, value.shape[1], generator=g) * 0.05
+            weights[f"{name}.up"] = torch.randn(value.shape[0], 4, generator=g) * 0.05
+    return comfy.controlnet.ControlLora(weights)
+
+
+def controlled(model, architecture, control) -> torch.Tensor:
+    g = torch.Generator().manual_seed(6)
+    picture = torch.rand(1, 8 * architecture.latent[2], 8 * architecture.latent[3], 3, generator=g)
+    positive, negative = architecture.conditioning(1), architecture.conditioning(2)
+    apply = nodes.ControlNetApplyAdvanced().apply_controlnet
+    positive, negative = apply(positive, negative, control, picture, 1.0, 0.0, 1.0)
+    latent = {"samples": torch.zeros(architecture.latent)}
+    return nodes.common_ksampler(model, 3, 1, 1.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+
+def test_a_control_lora_runs_on_the_models_own_weights(unets):
+    architecture, graft, dense = unets
+    before = fingerprint(graft)
+    shapes = {key: value.shape for key, value in dense.model.state_dict().items()}
+    lora = make_lora(dense.model, shapes, "native", architecture.lora_layers)
+    for patched in (False, True):
+        ours, theirs = (with_lora(m, lora, 0.8) if patched else m for m in (graft, dense))
+        want = controlled(theirs, architecture, control_lora(dense))
+        plain = nodes.common_ksampler(
+            theirs, 3, 1, 1.0, "euler", "simple", architecture.conditioning(1), architecture.conditioning(2),
+            {"samples": torch.zeros(architecture.latent)},
+        )[0]["samples"]  # fmt: skip
+        assert distance(want, plain) > 0.01, "the control has no effect to compare"
+        assert distance(controlled(ours, architecture, control_lora(graft)), want) < TOLERANCE
+    assert fingerprint(graft) == before
+
+
+def test_what_a_controlnet_of_sd35_copies_are_weights(sd3, loras):  # noqa: F811
+    graft, dense = sd3
+    for model in (graft, with_lora(graft, loras[0])):
+        theirs = dense.model.diffusion_model.y_embedder.state_dict()
+        embedder = model.model.diffusion_model.y_embedder
+        shown = embedder.state_dict()
+        assert {k: v.shape for k, v in shown.items()} == {k: v.shape for k, v in theirs.items()}
+        assert all(v.is_floating_point() for v in shown.values())
+        plain = torch.nn.ModuleDict({"mlp": torch.nn.Sequential(*(
+            torch.nn.Linear(layer.in_features, layer.out_features) if hasattr(layer, "in_features") else torch.nn.SiLU()
+            for layer in embedder.mlp
+        ))})  # fmt: skip
+        plain.load_state_dict(shown)
+        for key, value in plain.state_dict().items():
+            torch.testing.assert_close(value, theirs[key].float(), rtol=0, atol=0)
+
+
+def test_the_host_counts_bytes(sd3):  # noqa: F811
+    graft, dense = sd3
+    size = comfy.model_management.module_size
+    assert size(graft.model) < 0.6 * size(dense.model)  # Q8_0 and fp16 against fp32
