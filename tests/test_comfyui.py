@@ -8,7 +8,11 @@ import pytest
 from hosts import ROOT, Host, comfyui_hosts
 
 HOSTS = comfyui_hosts()
-SUITES = sorted(p.stem for p in (ROOT / "tests" / "in_comfyui").glob("test_*.py"))
+FOLDER = ROOT / "tests" / "in_comfyui"
+# large models, compilers and servers have a process to themselves; the others share one, since ComfyUI takes its time
+ALONE = ("test_adapter_models", "test_compile", "test_example_workflow", "test_generate", "test_server")
+SUITES = {name: [FOLDER / f"{name}.py"] for name in ALONE}
+SUITES["others"] = sorted(path for path in FOLDER.glob("test_*.py") if path.stem not in ALONE)
 
 
 @pytest.mark.host
@@ -21,10 +25,9 @@ def test_a_comfyui_is_installed() -> None:
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
 def test_in_comfyui(host: Host, suite: str) -> None:
-    tests = ROOT / "tests" / "in_comfyui" / f"{suite}.py"
-    here = str(tests.parent)
+    here = str(FOLDER)
     ran = host.run(
-        "-m", "pytest", str(tests), "--import-mode=importlib", "-q", "-x", "-rs", "-p", "no:cacheprovider",
+        "-m", "pytest", *map(str, SUITES[suite]), "--import-mode=importlib", "-q", "-x", "-rs", "-p", "no:cacheprovider",
         "--rootdir", here, "--confcutdir", here, "-c", "/dev/null", COMFYUI_PATH=str(host.folder),
     )  # fmt: skip
     if "No module named pytest" in ran.stdout:
