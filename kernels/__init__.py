@@ -8,13 +8,13 @@
 
 from . import compiled as _compiled  # noqa: F401  (registers the operators)
 from .backends import BACKENDS, Choice, choose, warm
-from .cpu import has_fast_bf16
-from .dispatch import LowRank, decoded_rows, dequantize, embedding, linear
+from .cpu import SLOW_DTYPES, has_fast_bf16
+from .dispatch import LowRank, decoded_rows, dequantize, embedding, is_slow, linear
 from .errors import AdapterError, CorruptFile, GraftError, NoBackend, UnsupportedFormat
 from .formats import FORMATS, Format, by_name, by_type
 
 __all__ = [
-    "BACKENDS", "FORMATS", "AdapterError", "Choice", "CorruptFile", "Format", "GraftError", "LowRank", "NoBackend",
-    "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize", "embedding", "has_fast_bf16",
-    "linear", "warm",
+    "BACKENDS", "FORMATS", "SLOW_DTYPES", "AdapterError", "Choice", "CorruptFile", "Format", "GraftError", "LowRank",
+    "NoBackend", "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize", "embedding",
+    "has_fast_bf16", "is_slow", "linear", "warm",
 ]  # fmt: skip

@@ -247,8 +247,9 @@ def linear(
         raise ValueError(f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}")
     chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
     needs_grad = torch.is_grad_enabled() and x.requires_grad
-    if chosen == "cpu" and flat.shape[0] <= FEW_ROWS and x.dtype != torch.float32 and not needs_grad:
-        # libgguf writes fp32: for a few rows the product costs less than casting the weight would
+    # libgguf writes fp32: for a few rows the product costs less than casting the weight would
+    few = chosen == "cpu" and flat.shape[0] <= FEW_ROWS and x.dtype != torch.float32
+    if (few or is_slow(x)) and not needs_grad:
         return linear(x.float(), data, fmt, bias, residual, n, backend).to(x.dtype)
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -264,6 +265,11 @@ def linear(
     if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias)):
         _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend)
     return out.view(*x.shape[:-1], n)
+
+
+def is_slow(x: torch.Tensor) -> bool:
+    """Whether x is better multiplied in fp32: it is narrower, and on a processor without products of its dtype."""
+    return x.device.type == "cpu" and x.dtype in cpu.SLOW_DTYPES
 
 
 def _linear_in_graph(
@@ -321,4 +327,4 @@ def embedding(
     return dequantize(wanted, fmt, (*indices.shape, width), dtype, backend)
 
 
-__all__ = ["LowRank", "decoded_rows", "dequantize", "embedding", "linear"]
+__all__ = ["LowRank", "decoded_rows", "dequantize", "embedding", "is_slow", "linear"]

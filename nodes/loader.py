@@ -128,8 +128,10 @@ def _summary(file: GGUFFile, patcher: Any, choice: kernels.Choice) -> str:
     """``Flux · 11.9B · Q4_K 228, Q6_K 76, F32 471 · 6.6 GB · bfloat16 · triton``, under the host's name for it."""
     _, _, rest = describe(file).partition(" · ")
     dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
-    faster = dtype == torch.float32 and patcher.load_device.type == "cpu" and kernels.has_fast_bf16()
-    hint = " (compute_dtype bf16 is faster on this processor)" if faster else ""
+    faster = "bf16" if dtype == torch.float32 and kernels.has_fast_bf16() else ""
+    faster = "fp32" if dtype in kernels.SLOW_DTYPES else faster
+    on_cpu = patcher.load_device.type == "cpu"
+    hint = f" (compute_dtype {faster} is faster on this processor)" if faster and on_cpu else ""
     name = type(patcher.model.model_config).__name__
     return f"{name} · {rest} · {str(dtype).removeprefix('torch.')}{hint} · {choice}"
 

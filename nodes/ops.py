@@ -70,12 +70,12 @@ class HostLayer(PackedLayer):
         return data, bias, lambda: comfy.ops.uncast_bias_weight(self, data, bias, handle)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Bytes where the whole model is asked, whose memory the host counts by them; else weights.
+        """Bytes where the whole model or this layer alone is asked, by which the host counts memory; else weights.
 
         ControlNets that share layers with the model ask a part of it.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.path or prefix == f"{self.path}.":
+        if not self.path or prefix in ("", f"{self.path}."):
             return
         for name in ("weight", "bias"):
             if prefix + name in destination:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import Format, GraftError, LowRank, by_name, decoded_rows, dequantize, embedding, linear
+from ..kernels import Format, GraftError, LowRank, by_name, decoded_rows, dequantize, embedding, is_slow, linear
 from .packed import PackedTensor
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ class ConvMath(PackedLayer):
     def compute(
         self, x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None = None, low_rank: LowRank | None = None
     ) -> torch.Tensor:
+        if is_slow(x):
+            return self.compute(x.float(), data, bias, low_rank).to(x.dtype)
         y = self._convolve(x, data, bias)
         return y if low_rank is None else self._add_low_rank(x, y, low_rank)
 

@@ -30,6 +30,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in the dtype of x on every machine; tests that are about the others say so."""
+    from graft.kernels import cpu
+
+    monkeypatch.setattr(cpu, "SLOW_DTYPES", frozenset())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for."""
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":

@@ -27,8 +27,9 @@ def test_a_comfyui_is_installed() -> None:
 def test_in_comfyui(host: Host, suite: str) -> None:
     here = str(FOLDER)
     ran = host.run(
-        "-m", "pytest", *map(str, SUITES[suite]), "--import-mode=importlib", "-q", "-x", "-rs", "-p", "no:cacheprovider",
-        "--rootdir", here, "--confcutdir", here, "-c", "/dev/null", COMFYUI_PATH=str(host.folder),
+        "-m", "pytest", *map(str, SUITES[suite]), "--import-mode=importlib", "-q", "-x", "-rs",
+        "-p", "no:cacheprovider", "--rootdir", here, "--confcutdir", here, "-c", "/dev/null",
+        COMFYUI_PATH=str(host.folder),
     )  # fmt: skip
     if "No module named pytest" in ran.stdout:
         pytest.skip(f"{host.name} has no pytest: install it into {host.python}")

@@ -175,6 +175,36 @@ def test_few_rows_on_the_cpu_are_multiplied_in_fp32(fmt, dtype):
     assert_close(got, x, weights, bias.double(), bias.double().abs())
 
 
+@every_type
+@host_backends
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_what_the_processor_has_no_products_of_is_multiplied_in_fp32(fmt, backend, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "SLOW_DTYPES", frozenset([dtype]))
+    data, weights = rows_of(fmt, 9, 512)
+    x, low_rank = normal(5, 512, dtype=dtype), low_rank_of(9, 512, dtype)
+    got = linear(x, data, fmt, residual=low_rank, backend=backend)
+    assert got.dtype == dtype
+    assert torch.equal(got, linear(x.float(), data, fmt, residual=low_rank, backend=backend).to(dtype))
+    assert_close(linear(x, data, fmt, backend=backend), x, weights)
+
+
+def low_rank_of(rows, columns, dtype):
+    down, up = normal(16, columns, seed=2, dtype=dtype), normal(rows, 16, seed=3, dtype=dtype)
+    return LowRank(down, torch.full((16,), 0.5), ((0, 0, up),))
+
+
+@pytest.mark.parametrize("rows", [0, 5, 1 << 60])
+def test_both_products_of_the_cpu_agree(rows, monkeypatch):
+    """MKL's and oneDNN's, of which one or the other is taken by processor and rows."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(cpu, "onednn_rows", lambda: rows)
+    data, weights = rows_of(by_name("Q4_K"), 9, 512)
+    for m in (1, 5, 6):
+        x, bias = normal(m, 512), normal(9, seed=1)
+        assert_close(linear(x, data, "Q4_K", bias, backend="cpu"), x, weights, bias.double(), bias.double().abs())
+
+
 @some_types
 @host_backends
 def test_backends_multiply_alike(fmt, backend, budget):

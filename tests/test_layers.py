@@ -8,7 +8,7 @@ import hashlib
 import oracle
 import pytest
 import torch
-from graft.kernels import LowRank, by_name
+from graft.kernels import LowRank, by_name, cpu
 from graft.ops import layers
 from graft.ops.packed import PackedTensor
 from rounding import assert_rounded
@@ -124,6 +124,15 @@ def test_convolutions_in_floats(case, name, dtype):
     layer, twin = loaded(case, by_name(name))
     x = normal(*case[-1], seed=3, dtype=dtype)
     assert_same(layer(x), in_dtype(twin, dtype), x)
+
+
+@every_convolution
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_convolutions_that_the_processor_has_not_run_in_fp32(case, dtype, monkeypatch):
+    layer, _ = loaded(case, by_name("Q4_K"))
+    x = normal(*case[-1], seed=3, dtype=dtype)
+    monkeypatch.setattr(cpu, "SLOW_DTYPES", frozenset([dtype]))
+    assert torch.equal(layer(x), layer(x.float()).to(dtype))
 
 
 @pytest.mark.parametrize("fmt", [*oracle.QUANTIZED, *(by_name(n) for n in ("F32", "F16", "BF16"))], ids=str)

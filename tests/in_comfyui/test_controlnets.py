@@ -9,7 +9,7 @@ import comfy.ops
 import nodes
 import pytest
 import torch
-from generation import both_models, distance, fingerprint, with_lora
+from generation import both_models, distance, fingerprint, sample, with_lora
 from loras import make_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
@@ -87,7 +87,11 @@ def test_what_a_controlnet_of_sd35_copies_are_weights(sd3, loras):  # noqa: F811
             torch.testing.assert_close(value, theirs[key].float(), rtol=0, atol=0)
 
 
-def test_the_host_counts_bytes(sd3):  # noqa: F811
+def test_the_host_counts_bytes(sd3, loras):  # noqa: F811
     graft, dense = sd3
-    size = comfy.model_management.module_size
-    assert size(graft.model) < 0.6 * size(dense.model)  # Q8_0 and fp16 against fp32
+    patched, size = with_lora(graft, loras[0]), comfy.model_management.module_size
+    sample(patched, SD3)
+    assert size(graft.model) < 0.4 * size(dense.model)  # Q4_K and fp16 against fp32
+    for layer in graft.graft.layers.values():
+        held = [p for p in (layer.weight, layer.bias) if p is not None]
+        assert size(layer) == sum(p.nbytes for p in held)

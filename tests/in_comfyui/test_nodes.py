@@ -41,6 +41,17 @@ def test_the_loader_shows_what_it_loaded(sd3, classes):  # noqa: F811
     assert type(shown["result"][0]).__name__ == "GraftModelPatcher"
 
 
+def test_the_loader_says_which_dtype_is_faster_here(sd3, classes, pack, monkeypatch):  # noqa: F811
+    kernels, load = pack("kernels"), classes["GraftUNETLoader"]().load
+    monkeypatch.setattr(kernels, "SLOW_DTYPES", frozenset([torch.bfloat16]))
+    monkeypatch.setattr(kernels, "has_fast_bf16", lambda: True)
+    for chosen, other, shown in (("bf16", "fp32", "bfloat16"), ("fp32", "bf16", "float32")):
+        (text,) = load("sd3-Q4_K.gguf", compute_dtype=chosen)["ui"]["text"]
+        assert f"{shown} (compute_dtype {other} is faster on this processor)" in text
+    (text,) = load("sd3-Q4_K.gguf", compute_dtype="fp16")["ui"]["text"]
+    assert "faster" not in text
+
+
 def test_inputs_are_the_promised_ones(classes):
     loader, stack = (classes[n].INPUT_TYPES() for n in ("GraftUNETLoader", "GraftLoraStack"))
     assert list(loader["required"]) == ["unet_name"]
