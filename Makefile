@@ -21,7 +21,7 @@ help:  ## what there is to make
 demo: $(READY)  ## a contact sheet of the demo model and a table: demo.png
 	$(PY) benchmarks/demo.py $(ARGS)
 
-# worksteal keeps a file's tests in one process, so that one Forge serves them, and evens out at the end
+# worksteal hands out long stretches, so that mostly one Forge serves its tests, and evens out at the end
 test: $(READY)  ## all tests; those that need a GPU or a host say so where there is none
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 

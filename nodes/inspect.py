@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
+from ..ops.report import examples, way_of
 from . import node
 from .patcher import GraftPatcher
 
@@ -12,18 +12,19 @@ from .patcher import GraftPatcher
 def report(model: GraftPatcher) -> str:
     """The file, the adapters by the way that their layers take, and what was rejected, each with its reason."""
     lines = [model.graft.summary]
-    stack = model.residuals
-    if not stack:
+    if not model.residuals:
         return "\n".join([*lines, "no adapters"])
-    model.build_residuals()
-    ways = Counter((r.path, r.reason) for r in stack.residuals.values())
-    for (path, reason), count in ways.most_common():
-        beside = "beside the packed weight" if path != "exact" else "by the host's own merge on the decoded weight"
-        lines.append(f"{count} layers {beside} ({path}{': ' + reason if reason else ''})")
+    planned = model.residuals.planned(model.graft.layers)
+    ways: dict[str, list[str]] = {}
+    for name, residual in planned.items():
+        ways.setdefault(way_of(residual.path, residual.reason), []).append(name)
+    for way, names in sorted(ways.items(), key=lambda item: -len(item[1])):
+        lines.append(f"{len(names)} {'layer' if len(names) == 1 else 'layers'} {way}: {examples(names)}")
     others = len(model.patches)
     if others:
         lines.append(f"{others} parameters outside of packed layers patched by ComfyUI")
     lines += [f"rejected: {key}: {reason}" for key, reason in model.rejected.items()]
+    lines += [f"rejected: {name}: {reason}" for name, residual in planned.items() for reason in residual.rejected]
     return "\n".join(lines)
 
 

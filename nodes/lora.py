@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import comfy.lora
@@ -13,7 +15,7 @@ import folder_paths
 
 from ..kernels import AdapterError
 from ..ops.lora_file import AdapterFile, load_adapters
-from ..ops.report import FileReport
+from ..ops.report import FileReport, place_of, way_of
 from . import node
 from .patcher import GraftPatcher
 
@@ -58,7 +60,16 @@ def apply_lora(model: Any, file: AdapterFile, name: str, strength: float) -> Fil
     report = FileReport.of(name, strength, state, patches, taken, new, type(model.model.model_config).__name__)
     if not taken:
         raise AdapterError(report.line)
-    return report
+    return replace(report, dialect=file.dialect, ways=_ways(model, taken))
+
+
+def _ways(model: Any, taken: Collection[Any]) -> dict[str, int]:
+    """How many of the layers that took a patch take which way, so far; the host merges into all others."""
+    if not isinstance(model, GraftPatcher):
+        return {}
+    planned = model.residuals.planned(model.graft.layers)
+    found = (planned.get(place[0]) for place in {place_of(key) for key in taken})
+    return Counter("patched by ComfyUI" if r is None else way_of(r.path, r.reason) for r in found)
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
@@ -91,7 +102,7 @@ class GraftLoraStack:
     OUTPUT_TOOLTIPS = (
         "The model with these LoRAs.",
         "The rows as (file, model strength, clip strength), for other stackers.",
-        "One line a file: how many layers it reaches, and why not more.",
+        "For each file how many layers it reaches and why not more, and which way they take.",
         "The trigger words that the files name, separated by commas.",
     )
     FUNCTION = "apply"

@@ -18,18 +18,23 @@ _OFFLOADABLE = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).pa
 _interruption_point: Callable[[], None] = getattr(comfy.ops, "run_every_op", lambda: None)
 
 
+def plain_key(key: str) -> str:
+    """A parameter's name without what `torch.compile` puts around a module that nodes have compiled."""
+    return key.replace("_orig_mod.", "")
+
+
 class HostLayer(PackedLayer):
     """Brings weights in through `cast_bias_weight`, so that the host's pinning, offload and dynamic VRAM carry them.
 
     Attributes:
         path: where the layer stands in the whole model; empty until that is there.
-        shown: a parameter as the host's own model would hold it, by its name in the whole model.
+        owner: what all clones of that model share (`Graft`), or None once it is gone.
     """
 
     comfy_cast_weights = True
     weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
     path: str = ""
-    shown: Callable[[str], torch.Tensor]
+    owner: Callable[[], Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # on the meta device: a real allocation of the full weight would double memory while loading
@@ -75,11 +80,12 @@ class HostLayer(PackedLayer):
         ControlNets that share layers with the model ask a part of it.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.path or prefix in ("", f"{self.path}."):
+        if not self.path or plain_key(prefix) in ("", f"{self.path}."):
             return
-        for name in ("weight", "bias"):
+        owner = self.owner()
+        for name in ("weight", "bias") if owner is not None else ():
             if prefix + name in destination:
-                destination[prefix + name] = self.shown(f"{self.path}.{name}")
+                destination[prefix + name] = owner.shown(f"{self.path}.{name}")
 
     def set_weight(self, weight: torch.Tensor, **kwargs: Any) -> None:
         """Where the host would write a patched weight: a packed one is never written to."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from ..ops.kinds import Padded
 from ..ops.layers import PackedLayer, packed_layers
 from ..ops.packed import PackedTensor
 from ..ops.residual import FactorCache, ResidualStack
-from .ops import HostLayer
+from .ops import HostLayer, plain_key
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +56,25 @@ class Graft:
         self.factors = FactorCache()
         self.summary = summary
         self.loaded: Callable[[], GraftPatcher | None] = lambda: None
+        self.take_layers()
+
+    def take_layers(self) -> None:
+        """Tell every layer whose it is; a copy of the model still names the original's owner."""
         for name, layer in self.layers.items():
             if isinstance(layer, HostLayer):
-                layer.path, layer.shown = name, self.shown
+                # weak, so that a model that nobody needs goes at once
+                layer.path, layer.owner = name, weakref.ref(self)
 
     def layer_of(self, key: str) -> PackedLayer | None:
         """The layer that parameter `key` belongs to, if it is one of ours."""
-        path, _, parameter = key.rpartition(".")
+        path, _, parameter = plain_key(key).rpartition(".")
         return self.layers.get(path) if parameter in ("weight", "bias") else None
 
     def shown(self, key: str) -> torch.Tensor:
-        """A parameter of one of our layers as a loaded model of the host's would hold it: patched."""
+        """A parameter of one of our layers as a loaded model of the host's would hold it.
+
+        With an adapter beside it that is the merged weight, in memory of its own.
+        """
         layer, patcher = self.layer_of(key), self.loaded()
         assert layer is not None
         if patcher is not None and patcher.residuals.patches.get(key):
@@ -205,12 +212,15 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         if not stack:
             yield
             return
-        self.build_residuals(stack)
+        factors = self.build_residuals(stack)
+        if stack is not self.residuals:
+            factors.to(device)  # the host has loaded those of each hook, but not what only their sum needs
         with stack.active(self.graft.layers, device):
             yield
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
         self.graft.loaded = weakref.ref(self)
+        self.graft.take_layers()
         return super().partially_load(*args, **kwargs)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -271,7 +281,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         """
         prefix = "diffusion_model."
         held = {k: v for k, v in self.model.state_dict().items() if k.startswith(prefix)}
-        return {key.removeprefix(prefix): self._saved(key, value, dtype) for key, value in held.items()}
+        return {plain_key(key.removeprefix(prefix)): self._saved(key, value, dtype) for key, value in held.items()}
 
     def _saved(self, key: str, value: Any, dtype: torch.dtype) -> Any:
         layer = self.graft.layer_of(key)
@@ -391,24 +401,27 @@ def _apply_model_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
     return apply_model_grafted
 
 
-def make_savable(model: torch.nn.Module) -> None:
-    """Let hosts that ask the model itself for its state dict (up to 0.3.x) save weights, not bytes."""
-    original = model.state_dict_for_saving
-    if "unet_state_dict" in inspect.signature(original).parameters:
-        return  # a newer host asks the patcher
+class _Savable:
+    """Mixed into the host's model class by `make_savable`."""
 
-    def state_dict_for_saving(self: torch.nn.Module, *args: Any, **kwargs: Any) -> dict:
+    def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict:
         patcher = self.graft.loaded()
         if patcher is None:
-            return original(*args, **kwargs)
+            return super().state_dict_for_saving(*args, **kwargs)  # type: ignore[misc]
         merged = patcher.merged_state_dict()
         self.diffusion_model.state_dict = lambda *a, **k: merged
         try:
-            return original(*args, **kwargs)
+            return super().state_dict_for_saving(*args, **kwargs)  # type: ignore[misc]
         finally:
             del self.diffusion_model.state_dict
 
-    model.state_dict_for_saving = types.MethodType(state_dict_for_saving, model)
+
+def make_savable(model: torch.nn.Module) -> None:
+    """Let hosts that ask the model itself for its state dict (up to 0.3.x) save weights, not bytes."""
+    base = type(model)
+    # a newer host asks the patcher, which hands the weights in
+    if "unet_state_dict" not in inspect.signature(base.state_dict_for_saving).parameters:
+        model.__class__ = type(base.__name__, (_Savable, base), {})
 
 
 __all__ = ["Graft", "GraftPatcher", "PackedTensor", "adopt", "make_savable"]

@@ -52,6 +52,27 @@ _NATIVE = re.compile(
 _FUSED_QKV = re.compile(r"^lycoris_(single_)?transformer_blocks_(\d+)_attn_(to_qkv|add_qkv_proj|to_added_qkv)\.")
 
 
+# the more particular before the more general
+_DIALECTS = {
+    "Wan-Fun": re.compile(r"^lora_unet__"),
+    "kohya": re.compile(r"^lora_(?:unet|te\d?|prior)_"),
+    "OneTrainer": re.compile(r"^lora_transformer_"),
+    "SimpleTuner": re.compile(r"^lycoris_"),
+    "XLabs": _XLABS,
+    "fal Kontext": _NATIVE,
+    "PEFT": re.compile(rf"^(?:unet\.|transformer\.)?base_model\.model\.|{_PEFT_NAME.pattern}"),
+    "diffusers": re.compile(r"^(?:transformer|unet|text_encoder(?:_\d)?)\."),
+    "native": re.compile(r"^(?:model\.)?diffusion_model\."),
+    "bare": re.compile(""),
+}
+
+
+def dialect_of(names: Iterable[str]) -> str:
+    """Whose way of naming a file's tensors follow: ``kohya``, ``diffusers``, ``native``, …; several with commas."""
+    found = {next(dialect for dialect, pattern in _DIALECTS.items() if pattern.search(name)) for name in names}
+    return ", ".join(dialect for dialect in _DIALECTS if dialect in found)
+
+
 def extra_dialects(state: State, norm: str = "merged") -> dict[str, torch.Tensor]:
     """The same tensors, with names that ComfyUI's loader leaves unloaded turned into ones that it understands.
 
@@ -338,4 +359,4 @@ def _lumina_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
             yield attention + part, native, region, None
 
 
-__all__ = ["Target", "bfl_control", "extra_dialects", "module_names"]
+__all__ = ["Target", "bfl_control", "dialect_of", "extra_dialects", "module_names"]

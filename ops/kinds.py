@@ -565,7 +565,8 @@ class BOFT(Adapter):
     def check(self, shape: torch.Size) -> None:
         _check_factors("BOFT", oft_blocks=self.blocks, rescale=self.rescale)
         stages, count, size, width = self.blocks.shape
-        if size != width or size % 2 or count * size != shape[0] or shape[0] % (2**stages * (size // 2)):
+        covers = stages > 0 and size > 0 and size % 2 == 0 and shape[0] % (2**stages * (size // 2)) == 0
+        if size != width or count * size != shape[0] or not covers:
             raise AdapterError(f"BOFT blocks of {times(self.blocks.shape)} do not cover {shape[0]} output rows")
         if self.rescale is not None and self.rescale.numel() != shape[0]:
             raise AdapterError(f"BOFT rescales {self.rescale.numel()} rows of {shape[0]}")

@@ -59,11 +59,14 @@ class Layout:
             blocks: of each B ``[c, k, g, h, g, h]``: it mixes channels over g and h, seen as ``[c, g, k, h]``.
         """
         last = y.movedim(self.axis, -1)
-        rows = last.clone(memory_format=torch.contiguous_format) if self.kernel else last
-        rows = rows.reshape(-1, last.shape[-1])
-        for part in rows.split(rows_per_chunk(y.device, rows.shape[1], torch.float32)):
-            _turn(part, blocks, s)
-        return y.copy_(rows.view(last.shape).movedim(-1, self.axis)) if self.kernel else y
+        in_place = not self.kernel and _is_rows(y)
+        rows = (last if in_place else last.contiguous()).view(-1, last.shape[-1])
+        wide = y.dtype if len(blocks) == 1 else torch.promote_types(y.dtype, torch.float32)
+        blocks, s = [block.to(y.device, wide) for block in blocks], s.to(y.device, wide)
+        step = rows_per_chunk(y.device, rows.shape[1], wide)
+        for start in range(0, rows.shape[0], step):
+            _turn(rows[start : start + step], blocks, s)
+        return y if in_place else y.copy_(rows.view(last.shape).movedim(-1, self.axis))
 
     def spread(self, vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``[C]`` in x's dtype and place, to multiply x's channels with."""
@@ -101,20 +104,25 @@ def _is_rows(y: torch.Tensor) -> bool:
 
 
 def _turn(rows: torch.Tensor, blocks: Sequence[torch.Tensor], s: torch.Tensor) -> None:
+    """`Layout.turn` on ``[n, channels]``."""
     if len(blocks) == 1:
-        _add_in_blocks(rows, blocks[0].to(rows) * s)
+        parts, change = _in_blocks(rows, blocks[0] * s)
+        parts.add_(change)
         return
     # in fp32, so that what lies between two products is not rounded
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    turned = wide.clone()
+    wide = turned = rows.to(blocks[0].dtype)
     for block in blocks:
-        _add_in_blocks(turned, block.to(turned))
-    rows.copy_(turned.lerp_(wide, (1 - s).to(turned)))
+        parts, change = _in_blocks(turned, block)
+        turned = (parts + change if turned is wide else parts.add_(change)).permute(2, 0, 3, 1, 4).reshape(rows.shape)
+    if wide is rows:
+        rows.lerp_(turned, s)
+    else:
+        rows.copy_(wide.lerp_(turned, s))
 
 
-def _add_in_blocks(rows: torch.Tensor, blocks: torch.Tensor) -> None:
-    """Add to ``[n, channels]`` its product with a block-diagonal B, ``[c, k, g, h, g, h]``."""
+def _in_blocks(rows: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[n, channels]`` in blocks ``[c, k, n, g, h]``, and its product with a block-diagonal B in the same form."""
     c, k, g, h = blocks.shape[:4]
     parts = rows.view(-1, c, g, k, h).permute(1, 3, 0, 2, 4)
-    change = torch.bmm(parts.reshape(c * k, -1, g * h), blocks.reshape(c * k, g * h, g * h))
-    parts.add_(change.view(parts.shape))
+    change = torch.bmm(parts.reshape(c * k, -1, g * h), blocks.view(c * k, g * h, g * h))
+    return parts, change.view(parts.shape)

@@ -22,10 +22,10 @@ import torch
 
 from ..kernels import AdapterError
 from .adapters import Adapter, Patch, Region, from_host
-from .dialects import Target, bfl_control, extra_dialects, module_names
+from .dialects import Target, bfl_control, dialect_of, extra_dialects, module_names
 from .kinds import InputOFT, Opaque
 from .layers import PackedLayer
-from .report import FileReport, cause_of, describe, family_of, is_text_encoder, modules_of
+from .report import FileReport, cause_of, describe, family_of, is_text_encoder, modules_of, split_name
 from .residual import ResidualStack
 
 _HEADER_LIMIT = 100_000_000  # safetensors' own
@@ -47,11 +47,13 @@ class AdapterFile:
         path: where it was opened.
         state: its tensors, under names that ComfyUI's loader understands.
         metadata: what its trainer wrote about it.
+        dialect: whose names it uses, see `dialect_of`.
     """
 
     path: Path
     state: dict[str, torch.Tensor] = field(repr=False)
     metadata: dict[str, str] = field(repr=False)
+    dialect: str
 
     @property
     def what(self) -> str:
@@ -155,7 +157,7 @@ class FittedAdapters:
         return FileReport(
             self.file.path.name, strength, len(self.matched), len(speaks_of), self.file.what, tuple(self.missing),
             self.rejected, len(self.text_encoder),
-            cause_of(speaks_of, self.missing, len(self.matched), self.family), self.family,
+            cause_of(speaks_of, self.missing, len(self.matched), self.family), self.family, self.file.dialect,
         )  # fmt: skip
 
 
@@ -173,7 +175,9 @@ def load_adapters(path: str | os.PathLike[str]) -> AdapterFile:
             metadata = dict(opened.metadata() or {})
     except Exception as error:  # the reader's own errors have no common base
         raise AdapterError(f"the file is damaged ({_first_line(error)}): download it again ({path})") from error
-    return AdapterFile(path, extra_dialects(state), metadata)
+    # what holds no adapter, such as a trainer's own counters, tells nothing of names
+    dialect = dialect_of(key for key in state if split_name(key) is not None)
+    return AdapterFile(path, extra_dialects(state), metadata, dialect)
 
 
 def _check_kind(path: Path) -> None:

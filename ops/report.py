@@ -1,4 +1,4 @@
-"""What a LoRA file came to: one line each, and on a miss the count, three examples and the likely cause."""
+"""What a LoRA file came to: in a line, and on a miss with the count, three examples and the likely cause."""
 
 from __future__ import annotations
 
@@ -108,6 +108,8 @@ class FileReport:
         text_encoder: layers of text encoders that the file speaks of.
         cause: why layers are missing, as far as one can tell.
         model: what the model is.
+        dialect: whose names the file uses.
+        ways: how many layers take which way, in words (`way_of`).
     """
 
     name: str
@@ -120,6 +122,8 @@ class FileReport:
     text_encoder: int = 0
     cause: str = ""
     model: str = ""
+    dialect: str = ""
+    ways: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -146,8 +150,8 @@ class FileReport:
         ours = {m: fields for m, fields in modules.items() if not is_text_encoder(m)}
         loaded = _tensors_in(patches.values())
         missing = tuple(m for m, fields in ours.items() if not any(id(state[k]) in loaded for k in fields.values()))
-        matched = len({_layer_of(key) for key in taken})
-        total = max(matched, len({_layer_of(key) for key in patches}) + len(missing))
+        matched = len({place_of(key) for key in taken})
+        total = max(matched, len({place_of(key) for key in patches}) + len(missing))
         return cls(
             name, strength, matched, total, describe(state), missing, rejected, len(modules) - len(ours),
             cause_of(ours, missing, matched, model), family_of_host(model) or model,
@@ -161,18 +165,23 @@ class FileReport:
         head = f"{self.name} ×{self.strength:.2f}: {self.matched}/{self.total} layers"
         head += f", {self.what}" if self.what else ""
         if self.missing:
-            head += f"; {len(self.missing)} not in this model, such as {_examples(self.missing)}"
+            head += f"; {len(self.missing)} not in this model, such as {examples(self.missing)}"
             head += f" ({self.cause})" if self.cause else ""
         if self.rejected:
-            head += f"; {len(self.rejected)} left out, such as {_examples(self._reasons())}"
+            head += f"; {len(self.rejected)} left out, such as {examples(self._reasons())}"
         return head
 
     @property
     def text(self) -> str:
-        """The line, and another for what the file holds for text encoders."""
-        if not self.text_encoder or not self.matched:
+        """The line, and below it whose names the file uses, which way its layers take, and what it holds for others."""
+        if not self.matched:
             return self.line
-        return f"{self.line}\n  {self.text_encoder} layers of text encoders in it are for a CLIP loader"
+        ways = [f"{count} {'layer' if count == 1 else 'layers'} {way}" for way, count in self.ways.items()]
+        details = [f"{self.dialect} names"] if self.dialect else []
+        lines = [self.line, "; ".join(details + ways)]
+        if self.text_encoder:
+            lines.append(f"{self.text_encoder} layers of text encoders in it are for a CLIP loader")
+        return "\n  ".join(line for line in lines if line)
 
     def _reasons(self) -> list[str]:
         return [f"{key}: {why}" for key, why in self.rejected.items()]
@@ -187,8 +196,8 @@ class FileReport:
             return f"{self.name} holds no adapter that is known here: is it a LoRA?"
         cause = self.cause or "it does not fit this model"
         if self.rejected:
-            return f"{self.name}: 0 of {self.total} layers fit, such as {_examples(self._reasons())}"
-        return f"{self.name}: {cause} (0 of {self.total} layers match), such as {_examples(self.missing)}"
+            return f"{self.name}: 0 of {self.total} layers fit, such as {examples(self._reasons())}"
+        return f"{self.name}: {cause} (0 of {self.total} layers match), such as {examples(self.missing)}"
 
 
 def modules_of(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
@@ -238,8 +247,8 @@ def _tensors_in(values: Iterable[Any]) -> set[int]:
     return found
 
 
-def _layer_of(key: Any) -> Any:
-    """A layer, or the part of one, whose weight or bias `key` names."""
+def place_of(key: Any) -> Any:
+    """A layer, or the part of one, whose weight or bias a host's `key` names: ``(layer, (dim, start, length))``."""
     name, *part = (key,) if isinstance(key, str) else key
     return (name.removesuffix(".weight").removesuffix(".bias"), *(p for p in part if not callable(p)))
 
@@ -256,8 +265,18 @@ def cause_of(modules: Iterable[str], missing: Sequence[str], matched: int, model
     return f"its names are not those of {running}" if running else ""
 
 
-def _examples(names: Sequence[str]) -> str:
+def examples(names: Sequence[str]) -> str:
+    """The first few, in a row."""
     return ", ".join(names[:EXAMPLES]) + (", …" if len(names) > EXAMPLES else "")
 
 
-__all__ = ["FileReport", "cause_of", "describe", "family_of", "is_text_encoder", "modules_of", "split_name"]
+def way_of(path: str, reason: str) -> str:
+    """In words, which way a layer takes: `path` and `reason` as `LayerResidual` has them."""
+    way = "by the host's own merge on the decoded weight" if path == "exact" else "beside the packed weight"
+    return f"{way} ({reason})" if reason else way
+
+
+__all__ = [
+    "FileReport", "cause_of", "describe", "examples", "family_of", "is_text_encoder", "modules_of", "place_of",
+    "split_name", "way_of",
+]  # fmt: skip

@@ -6,7 +6,8 @@
 
 A LoRA is call context, not model state. Clones of a model share its layers; each holds a
 `ResidualStack`, which is put on the layers for the duration of a model call and taken off after it.
-Nothing is patched, so nothing has to be restored, and a new strength is a new S.
+Nothing is patched, so nothing has to be restored, and a new strength is a new S; BOFT alone multiplies its
+stages anew.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..kernels import AdapterError, LowRank, decoded_rows
+from ..kernels import AdapterError, LowRank, decoded_rows, is_slow
 from .kinds import (
     Adapter,
     Diff,
@@ -351,6 +352,8 @@ class RunningResidual:
         Args:
             data, bias: the layer's own, on x's device.
         """
+        if is_slow(x):
+            return self(x.float(), layer, data, bias).to(x.dtype)
         if self.bias is not None:
             bias = self.bias.to(x.device)
         if self.residual.path == "exact":
@@ -487,7 +490,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class FactorCache:
-    """The factors of each layer and its adapters: a new strength finds the ones that are there already.
+    """The factors of each layer and its adapters: a new strength finds the ones that are there already, but for BOFT's.
 
     The last few stacks are kept alive, since hosts drop a branch before they build the next one.
 
@@ -553,7 +556,7 @@ class ResidualStack:
 
     patches: dict[str, list[Patch]] = field(default_factory=dict)
     merge: Merging | None = None
-    _residuals: dict[str, LayerResidual] | None = None
+    _residuals: Mapping[str, LayerResidual] | None = None
     _scales: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -580,15 +583,22 @@ class ResidualStack:
         Returns:
             a module with every factor in leaf modules, for a host that moves and counts memory.
         """
+        planned = self.planned(layers)
         if self._residuals is None:
-            names = dict.fromkeys(key.rpartition(".")[0] for key in self.patches)
-            residuals: dict[str, LayerResidual] = {}
-            for name in names:
-                weight, bias = self.patches.get(name + ".weight", ()), self.patches.get(name + ".bias", ())
-                residual = residuals[name] = LayerResidual(name, layers[name], weight, bias)
+            for name, residual in planned.items():
                 residual.build(layers[name], cache, dtype)
-            self._residuals = residuals
-        return cache.module([member for r in self._residuals.values() for member, _ in r.members])
+            self._residuals = planned
+        return cache.module([member for r in planned.values() for member, _ in r.members])
+
+    def planned(self, layers: Mapping[str, PackedLayer]) -> Mapping[str, LayerResidual]:
+        """What the patches of each layer amount to and which way it takes; needs no factors, and so no `build`."""
+        if self._residuals is not None:
+            return self._residuals
+        patches = self.patches.get
+        return {
+            name: LayerResidual(name, layers[name], patches(f"{name}.weight", ()), patches(f"{name}.bias", ()))
+            for name in dict.fromkeys(key.rpartition(".")[0] for key in self.patches)
+        }
 
     @property
     def residuals(self) -> Mapping[str, LayerResidual]:

@@ -6,7 +6,9 @@ import adapter_samples as samples
 import pytest
 import torch
 from adapter_samples import CONV_KINDS, KINDS, LINEAR_KINDS, Sampler, Shape, make_input, make_layer, patch_of, run
+from graft.kernels import cpu, scratch
 from graft.ops.adapters import Region
+from graft.ops.kinds import InputOFT
 
 # sums of some hundreds of products in fp64, in another order
 TOLERANCE = 1e-12
@@ -66,6 +68,78 @@ def test_bofts_stages_are_multiplied_a_few_at_a_time(shape: Shape, s: float) -> 
     wanted = layer.compute_dense(x, samples.merged(layer.weight.data, value, s), layer.bias)
     assert_same(run(layer, x, [patch]), wanted, layer(x))
     assert_same(layer.compute_dense(x, patch.adapter.merged(layer.weight.data, s), layer.bias), wanted, layer(x))
+
+
+@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if len(c[1]) in (2, 4)], ids=str)
+def test_any_strides_and_a_gradient(name: str, shape: Shape) -> None:
+    """An x that is a transposed view, as patch embeddings get it, and what autograd makes of the layer."""
+    r = Sampler(4)
+    layer, x = make_layer(shape, r(*shape, scale=1.0), r(shape[0])), make_input(shape, r)
+    patches = [patch_of(ALL_KINDS[name](r, shape), shape, 0.5)]
+    if len(shape) == 2 and shape[0] % 4 == 0:
+        rows = (shape[0] // 2, shape[1])
+        patches.append(patch_of(ALL_KINDS[name](r, rows), shape, 0.5, Region(0, shape[0] // 4, rows[0])))
+    wanted = run(layer, x, patches)
+    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(run(layer, strided, patches), wanted, rtol=1e-12, atol=1e-12)
+    watched = x.clone().requires_grad_()
+    y = run(layer, watched, patches)
+    torch.testing.assert_close(y.detach(), wanted, rtol=1e-12, atol=1e-12)
+    y.sum().backward()
+    # the layer is linear in x
+    torch.testing.assert_close((watched.grad * x).sum(), (wanted - run(layer, x * 0, patches)).sum())
+
+
+def test_pefts_oft_turns_an_x_of_any_strides() -> None:
+    r, shape = Sampler(7), (24, 16)
+    layer, x = make_layer(shape, r(*shape, scale=1.0)), make_input(shape, r)
+    adapter = InputOFT(r(4, 6, scale=0.1))
+    wanted = layer.compute_dense(x, adapter.merged(layer.weight.data, 0.5))
+    assert_same(run(layer, x, [patch_of(adapter, shape, 0.5)]), wanted, layer(x))
+    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert_same(run(layer, strided, [patch_of(adapter, shape, 0.5)]), wanted, layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("name", ["oft", "boft", "boft rescaled"])
+def test_turns_go_through_the_scratch_in_chunks(name: str, dtype: torch.dtype, monkeypatch) -> None:
+    shape = (1536, 8)
+    r = Sampler(5)
+    layer, x = make_layer(shape, r(*shape, scale=1.0).to(dtype)), make_input(shape, r).to(dtype)
+    rows = (768, 8)
+    patches = [
+        patch_of(KINDS[name](r, shape), shape, 0.5), patch_of(KINDS[name](r, rows), shape, 0.7, Region(0, 384, 768)),
+    ]  # fmt: skip
+    whole = run(layer, x, patches)
+    monkeypatch.setattr(scratch, "CPU_BYTES", 3 * 4 * shape[0])
+    in_chunks = run(layer, x, patches)
+    if dtype == torch.float64:
+        torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-12)
+    wanted = merge_stack(layer.weight.data.double(), [
+        (KINDS[name](r2, s), 0.5 if s == shape else 0.7, 1.0, None if s == shape else Region(0, 384, 768))
+        for r2 in [again(5, shape)] for s in (shape, rows)
+    ])  # fmt: skip
+    exact = x.double() @ wanted.t()
+    # y is rounded once before and once after each of both, turns to 8 bits
+    bits = 2 * torch.finfo(dtype).eps
+    assert (in_chunks.double() - exact).abs().max() <= 4 * bits * exact.abs().max() + 1e-11
+
+
+def again(seed: int, shape: Shape) -> Sampler:
+    """The sampler of `seed` behind a layer's weight and input."""
+    r = Sampler(seed)
+    r(*shape), make_input(shape, r)
+    return r
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=lambda v: v if isinstance(v, str) else "×".join(map(str, v)))
+def test_a_dtype_that_the_processor_lacks_runs_in_fp32(name: str, shape: Shape, monkeypatch) -> None:
+    r = Sampler(6, torch.float32)
+    layer, x = make_layer(shape, r(*shape, scale=1.0), r(shape[0])), make_input(shape, r).bfloat16()
+    patches = [patch_of(ALL_KINDS[name](r, shape), shape, 0.5)]
+    monkeypatch.setattr(cpu, "SLOW_DTYPES", frozenset([torch.bfloat16]))
+    assert torch.equal(run(layer, x, patches), run(layer, x.float(), patches).bfloat16())
 
 
 def random_stack(r: Sampler, shape: Shape, count: int) -> list[tuple]:

@@ -107,6 +107,14 @@ DIALECTS = [
 ]  # fmt: skip
 
 
+# where several rows are about one dialect's names
+SHOWN = {
+    "diffusers q": "diffusers", "diffusers v": "diffusers", "diffusers single k": "diffusers",
+    "diffusers single mlp": "diffusers", "old diffusers": "diffusers", "transformers": "diffusers",
+    "named PEFT": "PEFT", "XLabs img": "XLabs", "XLabs txt": "XLabs", "XLabs single": "XLabs", "Mochi": "native",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(("dialect", "name", "suffixes", "layer", "region"), DIALECTS, ids=[d[0] for d in DIALECTS])
 def test_a_dialect_finds_its_layer(written, dialect, name, suffixes, layer, region) -> None:
     part = FLUX[layer] if region is None else region.within(FLUX[layer])
@@ -115,6 +123,7 @@ def test_a_dialect_finds_its_layer(written, dialect, name, suffixes, layer, regi
     assert (placed.key, placed.region) == (f"{layer}.weight", region)
     assert isinstance(placed.adapter, LoRA) and placed.adapter.rank == 4
     assert fitted.report(0.8).line == "style.safetensors ×0.80: 1/1 layers, rank 4"
+    assert fitted.report(0.8).text.splitlines()[1:] == [f"  {SHOWN.get(dialect, dialect)} names"]
 
 
 UNET_NAMES = [
@@ -311,6 +320,7 @@ REFUSED = {
         lora(NAME, (H, 8)) | {f"{NAME}.reshape_weight": torch.tensor([H, 8])}, "a weight can only be padded"),
     "reshape to nonsense": (lora(NAME, (H, 16)) | {f"{NAME}.reshape_weight": torch.tensor([H, -1, 3])}, ""),
     "PEFT's OFT that is no matrix": ({f"{NAME}.oft_R.weight": torch.ones(1, 1, 0)}, "which is no triangle"),
+    "BOFT without a stage": ({f"{NAME}.oft_blocks": torch.zeros(0, 8, 4, 4)}, "do not cover 32 output rows"),
     "OFT of another size": ({f"{NAME}.oft_blocks": torch.zeros(3, 4, 4)}, "do not cover 32 output rows"),
     "DoRA of another size": (lora(NAME, (H, 16)) | {f"{NAME}.dora_scale": torch.ones(5, 1)}, "dora_scale is 5×1"),
     "difference of another size": ({f"{NAME}.diff": torch.ones(16, H)}, "is for 16×32, the weight is 32×16"),
@@ -441,7 +451,9 @@ def test_text_encoders_are_counted_in_one_line(written) -> None:
     text |= lora("text_encoder_2.text_model.encoder.layers.0.mlp.fc1", (8, 8), *AB)
     report = load_adapters(written(lora(NAME, (H, 16)) | text)).on(FLUX).report(0.5)
     assert report.line == "style.safetensors ×0.50: 1/1 layers, rank 4"
-    assert report.text.splitlines()[1] == "  2 layers of text encoders in it are for a CLIP loader"
+    assert report.text.splitlines()[1:] == [
+        "  kohya, diffusers names", "  2 layers of text encoders in it are for a CLIP loader",
+    ]  # fmt: skip
     with pytest.raises(AdapterError, match=r"for a text encoder only \(2 layers\)"):
         load_adapters(written(text)).on(FLUX)
 

@@ -69,6 +69,7 @@ def _safetensors(path: Path) -> list[tuple[str, str]]:
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in file.state.values())
     return [
         ("kind", file.what or "full differences"),
+        ("names", file.dialect),
         ("trained for", file.trained_for or "unknown"),
         ("modules", f"{len(modules_of(file.state))}"),
         ("tensors", ", ".join(f"{name} {count}" for name, count in dtypes.most_common())),

@@ -71,20 +71,23 @@ def test_a_control_lora_runs_on_the_models_own_weights(unets):
 
 
 def test_what_a_controlnet_of_sd35_copies_are_weights(sd3, loras):  # noqa: F811
+    """It loads the state dict of the model's y_embedder into one of its own."""
     graft, dense = sd3
-    for model in (graft, with_lora(graft, loras[0])):
-        theirs = dense.model.diffusion_model.y_embedder.state_dict()
-        embedder = model.model.diffusion_model.y_embedder
-        shown = embedder.state_dict()
-        assert {k: v.shape for k, v in shown.items()} == {k: v.shape for k, v in theirs.items()}
-        assert all(v.is_floating_point() for v in shown.values())
-        plain = torch.nn.ModuleDict({"mlp": torch.nn.Sequential(*(
-            torch.nn.Linear(layer.in_features, layer.out_features) if hasattr(layer, "in_features") else torch.nn.SiLU()
-            for layer in embedder.mlp
-        ))})  # fmt: skip
-        plain.load_state_dict(shown)
-        for key, value in plain.state_dict().items():
-            torch.testing.assert_close(value, theirs[key].float(), rtol=0, atol=0)
+    embedder = "diffusion_model.y_embedder"
+    patched = graft.clone()
+    patched.add_patches({f"{embedder}.mlp.0.weight": ("diff", (torch.full((256, 2048), 0.02),))}, 0.5)
+    theirs = {k: v.float() for k, v in dense.model.diffusion_model.y_embedder.state_dict().items()}
+    for model, change in ((graft, 0.0), (patched, 0.01)):
+        sample(model, SD3)  # the branch that was loaded last is the one that is shown
+        shown = model.model.diffusion_model.y_embedder.state_dict()
+        own = torch.nn.ModuleDict({"mlp": torch.nn.Sequential(
+            torch.nn.Linear(2048, 256), torch.nn.SiLU(), torch.nn.Linear(256, 256),
+        )})  # fmt: skip
+        own.load_state_dict(shown)
+        wanted = theirs | {"mlp.0.weight": theirs["mlp.0.weight"] + change}
+        for key, value in own.state_dict().items():
+            torch.testing.assert_close(value, wanted[key], rtol=1e-6, atol=1e-6)
+        assert change or torch.equal(own.mlp[0].weight, theirs["mlp.0.weight"])
 
 
 def test_the_host_counts_bytes(sd3, loras):  # noqa: F811

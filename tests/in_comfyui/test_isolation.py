@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import comfy.hooks
 import pytest
 import torch
+from architectures import write_model
 from generation import distance, fingerprint, sample, with_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
@@ -107,3 +111,19 @@ def test_bytes_are_never_written(sd3, loras):  # noqa: F811
     with pytest.raises(Exception, match="never written to"):
         next(iter(graft.graft.layers.values())).set_weight(torch.zeros(1))
     assert fingerprint(graft) == before
+
+
+def test_a_model_that_nobody_needs_goes_at_once(pack, folders):
+    """Without waiting for the garbage collector: the host frees memory for the next model by this."""
+    path = write_model(SD3, "Q8_0", folders / "unet_gguf" / "gone.gguf")
+    gc.collect()
+    gc.disable()
+    try:
+        model = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+        layer = weakref.ref(next(iter(model.graft.layers.values())))
+        assert layer() is not None
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+        path.unlink()

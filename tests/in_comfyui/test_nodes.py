@@ -9,6 +9,7 @@ import folder_paths
 import pytest
 import torch
 from generation import sample, with_lora
+from loras import make_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
 
@@ -75,9 +76,22 @@ def test_the_stack_is_the_stock_loader_twice(sd3, loras, files, classes):  # noq
     layers = len({k for k in loras[0] if "lora_A" in k})
     assert report.splitlines() == [
         f"style.safetensors ×0.80: {layers}/{layers} layers, rank 8",
+        f"  native names; {layers} layers beside the packed weight",
         f"subject.safetensors ×-0.50: {layers}/{layers} layers, rank 20",
+        f"  kohya names; {layers} layers beside the packed weight",
     ]
     assert words == "in my style, soft light"
+
+
+def test_parts_of_a_fused_layer_are_counted_as_the_file_has_them(sd3, folders, classes):  # noqa: F811
+    graft, dense = sd3
+    shapes = {key: value.shape for key, value in dense.model.state_dict().items()}
+    lora = make_lora(dense.model, shapes, "diffusers", ("joint_blocks.0.x_block.attn.qkv",), rank=8)
+    comfy.utils.save_torch_file(lora, str(folders / "loras" / "qkv.safetensors"))
+    report = classes["GraftLoraStack"]().apply(graft, lora_1="qkv.safetensors")["result"][2]
+    assert report.splitlines() == [
+        "qkv.safetensors ×1.00: 3/3 layers, rank 8", "  diffusers names; 3 layers beside the packed weight",
+    ]  # fmt: skip
 
 
 def test_a_stack_passes_through_other_stackers(sd3, loras, files, classes):  # noqa: F811
@@ -118,10 +132,24 @@ def test_inspect_says_which_way_each_layer_takes(sd3, loras, classes):  # noqa: 
     shown = inspect_node.inspect(with_lora(graft, loras[0], 0.8))
     (text,) = shown["ui"]["text"]
     layers = len({k for k in loras[0] if "lora_A" in k})
-    assert text.splitlines() == [graft.graft.summary, f"{layers} layers beside the packed weight (residual)"]
+    summary, way = text.splitlines()
+    assert summary == graft.graft.summary
+    assert way.startswith(f"{layers} layers beside the packed weight: diffusion_model.joint_blocks.")
     assert shown["result"] == (text,)
     assert inspect_node.inspect(graft)["result"][0].endswith("no adapters")
     assert "of another loader" in inspect_node.inspect(dense)["result"][0]
+
+
+def test_inspect_says_why_a_layer_takes_another_way(sd3, classes):  # noqa: F811
+    graft, _ = sd3
+    key = next(k for k in graft.graft.layers if k.endswith("attn.proj"))
+    shape = graft.graft.layers[key].logical_shape
+    up, down = torch.ones(shape[0], 4), torch.ones(4, shape[1])
+    model = graft.clone()
+    model.add_patches({(f"{key}.weight", None, torch.tanh): ("lora", (up, down, None, None, None, None))})
+    _, way = classes["GraftInspect"]().inspect(model)["result"][0].splitlines()
+    why = "its difference passes through a function of the host"
+    assert way == f"1 layer by the host's own merge on the decoded weight ({why}): {key}"
 
 
 def test_a_changed_file_is_read_again(folders, classes, files):
