@@ -224,11 +224,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 low, _, _, high = statistics.quantiles(beside, n=5)
                 ideal = 100 * KINDS[label].macs(*shape) / math.prod(shape)
                 found.append(Row(
-                    label, name, rows, args.type, args.dtype, bench.device.type, ms, ideal,
+                    label, name, rows, args.type, args.dtype, device_name(), ms, ideal,
                     percent(statistics.median(beside)), percent(low), percent(high), percent(statistics.median(merged)),
                 ))  # fmt: skip
                 print(line(found[-1]), flush=True)
     return found
+
+
+def device_name() -> str:
+    """Of the GPU, or of the processor with what it can and how many threads are used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def percent(ratio: float) -> float:
@@ -242,6 +249,25 @@ def line(row: Row) -> str:
         f"{row.kind:28}{row.layer:>9}{row.rows:6}{row.layer_ms:10.2f} ms {row.ideal_percent:7.1f} %"
         f"{row.percent:8.1f} % [{row.percent_p20:.1f}, {row.percent_p80:.1f}]{row.merge_percent:9.0f} %{verdict}"
     )
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Rows that were measured before and not now stay in the file, if they are of the same machine."""
+    names = [f.name for f in fields(Row)]
+    table = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            table = {_place(row): row for row in csv.DictReader(file) if row.get("device") == rows[0].device}
+    table |= {_place(row): row for row in map(asdict, rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(table.values())
+
+
+def _place(row: dict) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("kind", "layer", "rows", "type", "dtype"))
 
 
 def main() -> None:
@@ -258,17 +284,12 @@ def main() -> None:
     if not args.toy and subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=checkout.ROOT).returncode:
         sys.exit("the tests fail: nothing is measured")
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, torch {torch.__version__}, {args.type}, {args.dtype}")
+    print(f"{device_name()}, torch {torch.__version__}, {args.type}, {args.dtype}")
     print(f"{'kind':28}{'layer':>9}{'rows':>6}{'alone':>13} {'ideal':>9}{'beside':>10} [p20, p80]{'merged':>8}")
     with torch.inference_mode():
         rows = measure(args)
     if not args.toy:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write(args.csv, rows)
         print(f"wrote {args.csv}")
 
 
