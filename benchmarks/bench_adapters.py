@@ -1,7 +1,7 @@
 """What each kind of adapter costs beside its layer: `make bench-adapters`. Runs the adapters' tests first.
 
     python benchmarks/bench_adapters.py                       # tests, table, CSV in benchmarks/results/
-    python benchmarks/bench_adapters.py --kinds lora lokr --rows 384
+    python benchmarks/bench_adapters.py --kinds "LoKr, factor 8" --rows 384
     python benchmarks/bench_adapters.py --toy                 # that the script itself runs
 
 Times are those of one call with the adapter over one without it, on Flux's largest layer and on an attention

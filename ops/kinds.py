@@ -472,10 +472,10 @@ class OFT(Adapter):
             raise AdapterError(f"OFT blocks of {times(self.blocks.shape)} do not cover {shape[0]} output rows")
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
-        return {"turn": _side_by_side(_cayley(self.blocks, self.constraint))}
+        return {"turn": _cayley(self.blocks, self.constraint)}
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return at.turn(y, [p.turn], s * s)
+        return at.turn(y, p.turn, s * s)
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
         columns = weight.flatten(1).t()
@@ -527,10 +527,10 @@ class InputOFT(Adapter):
         return turn if self.upper.dtype == torch.float64 else turn.float()
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
-        return {"turn": _side_by_side(self._turn(current.shape[1]))}
+        return {"turn": self._turn(current.shape[1])}
 
     def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return f(at.turn(x.clone(), [p.turn], s))
+        return f(at.turn(x.clone(), p.turn, s))
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         # row w of W becomes w R, as x becomes x R where W stands for its transpose
@@ -559,7 +559,7 @@ class BOFT(Adapter):
 
     kind: ClassVar[str] = "boft"
     additive: ClassVar[bool] = False
-    PASS: ClassVar[int] = 170
+    PASS: ClassVar[int] = 100
     """Multiply-adds for an output in whose time a CPU reads and writes it once."""
 
     def check(self, shape: torch.Size) -> None:
@@ -578,12 +578,12 @@ class BOFT(Adapter):
         turns = self._turns() * self.strength
         bounds = self._bounds()
         return {
-            f"turn{i}": self._product(turns, first, last, self.rescale if i == len(bounds) - 1 else None)
+            f"product{i}": self._product(turns, first, last, self.rescale if i == len(bounds) - 1 else None)
             for i, (first, last) in enumerate(bounds)
         }
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return at.turn(y, list(p.parameters()), s)
+        return at.turn_through(y, list(p.parameters()), s)
 
     def _turns(self) -> torch.Tensor:
         # y·Rᵢᵀ: the host turns by R here, by its transpose in OFT
@@ -602,7 +602,7 @@ class BOFT(Adapter):
         return split(min(range(1, stages + 1), key=cost))
 
     def _product(self, turns: torch.Tensor, first: int, last: int, rescale: torch.Tensor | None) -> torch.Tensor:
-        """The product of some stages, less I, as `Layout.turn` takes it: ``[c, k, g, h, g, h]``."""
+        """The product of some stages, as `Layout.turn_through` takes it: ``[c, k, g, h, g, h]``."""
         apart, together, half = 2**first, 2 ** (last - first), turns.shape[-1] // 2
         size = together * half
         own = []
@@ -615,8 +615,8 @@ class BOFT(Adapter):
         if rescale is not None:
             gain = (_wide(rescale).flatten() - 1).view(-1, together, apart, half).transpose(1, 2).flatten()
         units = torch.eye(size, dtype=turns.dtype, device=turns.device).repeat(1, turns[0].numel() // (2 * half * size))
-        change = _butterfly(units, own, gain).unflatten(1, (-1, apart, size)).movedim(0, 2)
-        return change.unflatten(3, (together, half)).unflatten(2, (together, half)).contiguous()
+        product = (units + _butterfly(units, own, gain)).unflatten(1, (-1, apart, size)).movedim(0, 2)
+        return product.unflatten(3, (together, half)).unflatten(2, (together, half)).contiguous()
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
         columns = weight.flatten(1).t()
@@ -1067,12 +1067,6 @@ def _cayley(blocks: torch.Tensor, constraint: float) -> torch.Tensor:
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     turn = 2 * torch.linalg.solve(identity - q, q, left=False)
     return turn if blocks.dtype == torch.float64 else turn.float()
-
-
-def _side_by_side(blocks: torch.Tensor) -> torch.Tensor:
-    """``[number, b, b]`` as `Layout.turn` takes it."""
-    count, size, _ = blocks.shape
-    return blocks.reshape(count, 1, 1, size, 1, size)
 
 
 def _in_blocks(y: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,20 +52,48 @@ class Layout:
         y.flatten(0, -2).addmm_(t.flatten(0, -2), matrix.to(y).t())
         return y
 
-    def turn(self, y: torch.Tensor, blocks: Sequence[torch.Tensor], s: torch.Tensor) -> torch.Tensor:
-        """``y + s·(y (I + B₁)(I + B₂)… − y)`` over y's channels, in place.
+    def turn(self, y: torch.Tensor, blocks: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """``y + s·yB`` over y's channels, in place; B is block-diagonal.
 
         Args:
-            blocks: of each B ``[c, k, g, h, g, h]``: it mixes channels over g and h, seen as ``[c, g, k, h]``.
+            blocks: ``[number, b, b]``.
         """
+        blocks = blocks.to(y) * s.to(y)
+
+        def turn(rows: torch.Tensor) -> None:
+            parts = rows.unflatten(1, (len(blocks), -1))
+            parts.add_(torch.bmm(parts.transpose(0, 1), blocks).transpose(0, 1))
+
+        return self._by_rows(y, y.dtype, turn)
+
+    def turn_through(self, y: torch.Tensor, products: Sequence[torch.Tensor], s: torch.Tensor) -> torch.Tensor:
+        """``y + s·(y P₁P₂… − y)`` over y's channels, in place.
+
+        Args:
+            products: of each P ``[c, k, g, h, g, h]``: it mixes channels over g and h, seen as ``[c, g, k, h]``. The
+                next one's c is this one's divided by the next one's g, its k this one's times this one's g.
+        """
+        # what lies between two products is not rounded to less than fp32
+        wide = torch.promote_types(y.dtype, torch.float32)
+        products, s = [product.to(y.device, wide) for product in products], s.to(y.device, wide)
+
+        def turn(rows: torch.Tensor) -> None:
+            turned = rows.to(wide)
+            _turn_through(turned, products, s)
+            if turned is not rows:
+                rows.copy_(turned)
+
+        return self._by_rows(y, wide, turn)
+
+    def _by_rows(self, y: torch.Tensor, wide: torch.dtype, change: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Call `change` on pieces ``[n, C]`` of y that it changes in place, with what it needs beside them in cache."""
         last = y.movedim(self.axis, -1)
         in_place = not self.kernel and _is_rows(y)
         rows = (last if in_place else last.contiguous()).view(-1, last.shape[-1])
-        wide = y.dtype if len(blocks) == 1 else torch.promote_types(y.dtype, torch.float32)
-        blocks, s = [block.to(y.device, wide) for block in blocks], s.to(y.device, wide)
-        step = rows_per_chunk(y.device, rows.shape[1], wide)
+        # half of the scratch's size: there are two of them, before and after a product
+        step = rows_per_chunk(y.device, 2 * rows.shape[1], wide)
         for start in range(0, rows.shape[0], step):
-            _turn(rows[start : start + step], blocks, s)
+            change(rows[start : start + step])
         return y if in_place else y.copy_(rows.view(last.shape).movedim(-1, self.axis))
 
     def spread(self, vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -103,26 +131,15 @@ def _is_rows(y: torch.Tensor) -> bool:
     return y.dim() > 1 and all(y.stride(i) == y.stride(i + 1) * y.shape[i + 1] for i in range(y.dim() - 2))
 
 
-def _turn(rows: torch.Tensor, blocks: Sequence[torch.Tensor], s: torch.Tensor) -> None:
-    """`Layout.turn` on ``[n, channels]``."""
-    if len(blocks) == 1:
-        parts, change = _in_blocks(rows, blocks[0] * s)
-        parts.add_(change)
-        return
-    # in fp32, so that what lies between two products is not rounded
-    wide = turned = rows.to(blocks[0].dtype)
-    for block in blocks:
-        parts, change = _in_blocks(turned, block)
-        turned = (parts + change if turned is wide else parts.add_(change)).permute(2, 0, 3, 1, 4).reshape(rows.shape)
-    if wide is rows:
-        rows.lerp_(turned, s)
-    else:
-        rows.copy_(wide.lerp_(turned, s))
-
-
-def _in_blocks(rows: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[n, channels]`` in blocks ``[c, k, n, g, h]``, and its product with a block-diagonal B in the same form."""
-    c, k, g, h = blocks.shape[:4]
-    parts = rows.view(-1, c, g, k, h).permute(1, 3, 0, 2, 4)
-    change = torch.bmm(parts.reshape(c * k, -1, g * h), blocks.view(c * k, g * h, g * h))
-    return parts, change.view(parts.shape)
+def _turn_through(rows: torch.Tensor, products: Sequence[torch.Tensor], s: torch.Tensor) -> None:
+    """`Layout.turn_through` on ``[n, C]``; between two products the blocks of one become those of the next at once."""
+    n = rows.shape[0]
+    c, k, g, h = products[0].shape[:4]
+    turned = rows.view(n, c, g, k, h).permute(1, 3, 0, 2, 4)
+    for i, product in enumerate(products):
+        if i:
+            k_before, g_before = k, g
+            c, k, g = product.shape[:3]
+            turned = turned.view(c, g, k_before, n, g_before, h).permute(0, 4, 2, 3, 1, 5)
+        turned = torch.bmm(turned.reshape(c * k, n, g * h), product.view(c * k, g * h, g * h))
+    rows.view(n, c, g, k, h).lerp_(turned.view(c, k, n, g, h).permute(2, 0, 3, 1, 4), s)
