@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ..kernels.scratch import rows_per_chunk
+from ..kernels import scratch
 
 if TYPE_CHECKING:
     from .layers import PackedLayer
 
+# of a block-diagonal product; its blocks are read again for the next rows
+LEAST_ROWS = 192
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -91,7 +93,7 @@ class Layout:
         in_place = not self.kernel and _is_rows(y)
         rows = (last if in_place else last.contiguous()).view(-1, last.shape[-1])
         # half of the scratch's size: there are two of them, before and after a product
-        step = rows_per_chunk(y.device, 2 * rows.shape[1], wide)
+        step = max(LEAST_ROWS, scratch.rows_per_chunk(y.device, 2 * rows.shape[1], wide))
         for start in range(0, rows.shape[0], step):
             change(rows[start : start + step])
         return y if in_place else y.copy_(rows.view(last.shape).movedim(-1, self.axis))
@@ -134,6 +136,7 @@ def _is_rows(y: torch.Tensor) -> bool:
 def _turn_through(rows: torch.Tensor, products: Sequence[torch.Tensor], s: torch.Tensor) -> None:
     """`Layout.turn_through` on ``[n, C]``; between two products the blocks of one become those of the next at once."""
     n = rows.shape[0]
+    before, after = _buffers(rows)
     c, k, g, h = products[0].shape[:4]
     turned = rows.view(n, c, g, k, h).permute(1, 3, 0, 2, 4)
     for i, product in enumerate(products):
@@ -141,5 +144,15 @@ def _turn_through(rows: torch.Tensor, products: Sequence[torch.Tensor], s: torch
             k_before, g_before = k, g
             c, k, g = product.shape[:3]
             turned = turned.view(c, g, k_before, n, g_before, h).permute(0, 4, 2, 3, 1, 5)
-        turned = torch.bmm(turned.reshape(c * k, n, g * h), product.view(c * k, g * h, g * h))
+        turned = turned if before is None else before.view(turned.shape).copy_(turned)
+        out = None if after is None else after.view(c * k, n, g * h)
+        turned = torch.bmm(turned.reshape(c * k, n, g * h), product.view(c * k, g * h, g * h), out=out)
     rows.view(n, c, g, k, h).lerp_(turned.view(c, k, n, g, h).permute(2, 0, 3, 1, 4), s)
+
+
+def _buffers(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Two of rows' size where fresh memory costs time: on a CPU, if neither autograd nor a compiler plans it."""
+    if rows.device.type != "cpu" or rows.requires_grad or torch.compiler.is_compiling():
+        return None, None
+    first, second = (scratch.take(rows.device, *rows.shape, rows.dtype, slot) for slot in ("turn from", "turn to"))
+    return first, second
