@@ -65,7 +65,8 @@ def test_bofts_stages_are_multiplied_a_few_at_a_time(shape: Shape, s: float) -> 
     assert (size, 2 ** (stages - 1)) == (6, count)
     patch = patch_of(value, shape, s)
     wide = {name: factor.shape[3] * factor.shape[2] for name, factor in patch.adapter.tensors(None).items()}
-    assert 1 < len(wide) < stages and max(wide.values()) <= 96  # where all stages at once would be as wide as the output
+    # all stages at once would be as wide as the output
+    assert 1 < len(wide) < stages and max(wide.values()) <= 96
     wanted = layer.compute_dense(x, samples.merged(layer.weight.data, value, s), layer.bias)
     assert_same(run(layer, x, [patch]), wanted, layer(x))
     assert_same(layer.compute_dense(x, patch.adapter.merged(layer.weight.data, s), layer.bias), wanted, layer(x))
