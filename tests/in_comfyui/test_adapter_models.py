@@ -48,26 +48,31 @@ def sized(value: tuple, weight: torch.Tensor) -> tuple:
     return kind, tuple(fields)
 
 
-def file_of(
-    weights: dict[str, torch.Tensor], biased: set[str], kinds: list[str], seed: int
-) -> dict[str, torch.Tensor]:
+def fits(kind: str, weight: torch.Tensor) -> bool:
+    if any(n % 16 for n in weight.shape[:2]):
+        return kind == "diff"
+    if kind in samples.CONV_KINDS and weight.dim() == 2:
+        return False
+    # the host knows these on images only
+    return kind not in ("loha tucker", "tucker") or weight.dim() < 5 or weight[0, 0].numel() == 1
+
+
+def file_of(weights: dict[str, torch.Tensor], biased: set[str], kinds: list[str], seed: int) -> dict[str, torch.Tensor]:
     """A file in kohya's names with one kind after the other, a layer each, and differences of biases."""
     r, state = Sampler(seed, torch.float32), {}
     makers = samples.KINDS | samples.CONV_KINDS
-    for i, (name, weight) in enumerate(weights.items()):
-        conv = weight.dim() > 2
-        fitting = [k for k in kinds if conv or k not in samples.CONV_KINDS]
-        kind = fitting[(i + seed) % len(fitting)]
-        if conv and weight[0, 0].numel() > 1 and weight.dim() > 4 and kind in ("loha tucker", "tucker"):
-            kind = "lora"  # the host knows these on images only
-        if any(n % 16 for n in weight.shape[:2]):
-            kind = "diff"
+    uses = dict.fromkeys(kinds, 0)
+    for name, weight in weights.items():
+        kind = min((k for k in (*kinds, "diff") if fits(k, weight)), key=lambda k: uses.get(k, len(weights)))
+        uses[kind] = uses.get(kind, 0) + 1
         value = sized(makers[kind](r, tuple(weight.shape)), weight)
         for field, tensor in zip(samples.FIELDS[value[0]], value[1], strict=False):
             if tensor is not None:
                 state[f"lora_unet_{name.replace('.', '_')}.{field}"] = torch.as_tensor(tensor).contiguous()
         if name in biased:
             state[f"lora_unet_{name.replace('.', '_')}.diff_b"] = r(weight.shape[0], scale=0.1)
+    missing = {k for k in kinds if not uses[k] and any(fits(k, weight) for weight in weights.values())}
+    assert not missing, f"too few layers for {missing}"
     return state
 
 
