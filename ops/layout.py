@@ -154,5 +154,6 @@ def _buffers(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[No
     """Two of rows' size where fresh memory costs time: on a CPU, if neither autograd nor a compiler plans it."""
     if rows.device.type != "cpu" or rows.requires_grad or torch.compiler.is_compiling():
         return None, None
-    first, second = (scratch.take(rows.device, *rows.shape, rows.dtype, slot) for slot in ("turn from", "turn to"))
+    n, channels = rows.shape
+    first, second = (scratch.take(rows.device, n, channels, rows.dtype, slot) for slot in ("turn from", "turn to"))
     return first, second
