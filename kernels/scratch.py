@@ -7,7 +7,9 @@ through it in chunks of rows, which is exact because rows are independent.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -17,6 +19,8 @@ CPU_BYTES = 16 << 20
 GPU_BYTES = 64 << 20
 # what a decoder that writes fp32 passes through on its way to another dtype
 STAGING_BYTES = 6 << 20
+# of activations that are changed before a layer reads them: those of 4096 tokens, 4096 wide, in fp32
+LENT_BYTES = 64 << 20
 
 _local = threading.local()
 
@@ -48,6 +52,23 @@ def take(device: torch.device, rows: int, columns: int, dtype: torch.dtype, slot
         with torch.inference_mode(False):
             buffer = buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(rows, columns)
+
+
+def reuses(x: torch.Tensor) -> bool:
+    """Whether what is made of x is to lie here: not on a GPU, whose allocator keeps memory, nor if autograd needs it
+    later or a compiler plans it."""
+    return x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling()
+
+
+@contextlib.contextmanager
+def lent(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Memory for a changed copy of x as long as the block lasts; blocks inside of it get other memory."""
+    depth = _local.__dict__.get("lent", 0)
+    _local.lent = depth + 1
+    try:
+        yield take(x.device, 1, x.numel(), x.dtype, f"lent {depth}").view(x.shape)
+    finally:
+        _local.lent = depth
 
 
 def release() -> None:

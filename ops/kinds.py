@@ -21,14 +21,12 @@ import torch.nn.functional as F
 
 from ..kernels import AdapterError, dequantize, linear
 from ..kernels.scratch import rows_per_chunk
-from .layout import Layout
+from .layout import Layout, Operator
 from .packed import PackedTensor
 
 log = logging.getLogger(__name__)
 
 Shape = Sequence[int]
-Operator = Callable[[torch.Tensor], torch.Tensor]
-"""The layer so far, without its bias."""
 
 
 class Region(NamedTuple):
@@ -439,7 +437,7 @@ class GLoRA(Adapter):
         return at.mix(at.mix(x, p.a2), p.a1)
 
     def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        y = f(at.plus_mixed(x, at.mix(x, p.a2) * s, p.a1))
+        y = at.run_on(f, x, lambda out: at.plus_mixed(x, at.mix(x, p.a2) * s, p.a1, out))
         return at.add_mixed(y, at.own(x, p.b2) * s, p.b1)
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
@@ -530,7 +528,7 @@ class InputOFT(Adapter):
         return {"turn": self._turn(current.shape[1])}
 
     def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return f(at.turn(x.clone(), p.turn, s))
+        return at.run_on(f, x, lambda out: at.turn(x.clone() if out is None else out.copy_(x), p.turn, s))
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         # row w of W becomes w R, as x becomes x R where W stands for its transpose
@@ -559,7 +557,7 @@ class BOFT(Adapter):
 
     kind: ClassVar[str] = "boft"
     additive: ClassVar[bool] = False
-    PASS: ClassVar[int] = 60
+    PASS: ClassVar[int] = 30
     """Multiply-adds for an output in whose time a CPU reads and writes it once."""
 
     def check(self, shape: torch.Size) -> None:
@@ -716,9 +714,12 @@ class DoRA(Adapter):
             return self._on_rows(p, at, f(x), x, s, None if turned is None else f(turned))
         scaled = x * at.spread(p.c, x) if hasattr(p, "c") else x  # else c is in the down factor
         turned = self.inner.turned(p, at, scaled)
-        x = torch.addcmul(x, x, at.spread(p.gain.to(x.device) * s, x))
-        y = f(x if turned is None else x + s * turned)
-        return Adapter.output(self.inner, p, at, y, scaled, s)
+
+        def change(out: torch.Tensor | None) -> torch.Tensor:
+            changed = torch.addcmul(x, x, at.spread(p.gain.to(x.device) * s, x), out=out)
+            return changed if turned is None else changed.add_(s * turned)
+
+        return Adapter.output(self.inner, p, at, at.run_on(f, x, change), scaled, s)
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         return self._on_rows(p, at, y, x, s, None)
@@ -1142,6 +1143,6 @@ def _product_shape(
 
 __all__ = [
     "BOFT", "OFT", "Adapter", "Current", "Diff", "DoRA", "Factors", "GLoRA", "InputOFT", "LoHa", "LoKr", "LoRA",
-    "Merge", "ModelDiff", "Opaque", "Operator", "Pad", "Padded", "Patch", "Permuted", "Region", "Scale", "Set", "merge",
+    "Merge", "ModelDiff", "Opaque", "Pad", "Padded", "Patch", "Permuted", "Region", "Scale", "Set", "merge",
     "times",
 ]  # fmt: skip

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LEAST_ROWS = 192
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+Operator = Callable[[torch.Tensor], torch.Tensor]
+"""The layer so far, without its bias."""
+
 
 class Layout:
     """The activations of one layer: ``[..., K]`` for Linear, ``[B, C, *space]`` for Conv1d/2d/3d.
@@ -41,11 +44,27 @@ class Layout:
             return F.linear(x, matrix.to(x))
         return _CONVS[len(self.kernel)](x, matrix.to(x).reshape(*matrix.shape, *(1,) * len(self.kernel)))
 
-    def plus_mixed(self, x: torch.Tensor, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """``x + mix(t, matrix)`` as a new tensor, in one pass over x where it is a matmul."""
+    def run_on(
+        self, f: Operator, x: torch.Tensor, change: Callable[[torch.Tensor | None], torch.Tensor]
+    ) -> torch.Tensor:
+        """``F(x')``.
+
+        Args:
+            change: makes x' of x in the memory that it is given, or in fresh memory if that is None.
+        """
+        if not scratch.reuses(x) or x.nbytes > scratch.LENT_BYTES:
+            return f(change(None))
+        with scratch.lent(x) as memory:
+            return f(change(memory))
+
+    def plus_mixed(
+        self, x: torch.Tensor, t: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x + mix(t, matrix)``, in one pass over x where it is a matmul; x is left as it is."""
         if self.kernel or x.dim() < 2:
-            return x + self.mix(t, matrix)
-        return torch.addmm(x.flatten(0, -2), t.flatten(0, -2), matrix.to(x).t()).view(x.shape)
+            return torch.add(x, self.mix(t, matrix), out=out)
+        rows = None if out is None else out.flatten(0, -2)
+        return torch.addmm(x.flatten(0, -2), t.flatten(0, -2), matrix.to(x).t(), out=rows).view(x.shape)
 
     def add_mixed(self, y: torch.Tensor, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """y with ``mix(t, matrix)`` added to it, in one pass over y where it is a matmul into whole rows."""
@@ -92,8 +111,8 @@ class Layout:
         last = y.movedim(self.axis, -1)
         in_place = not self.kernel and _is_rows(y)
         rows = (last if in_place else last.contiguous()).view(-1, last.shape[-1])
-        # half of the scratch's size: there are two of them, before and after a product
-        step = max(LEAST_ROWS, scratch.rows_per_chunk(y.device, 2 * rows.shape[1], wide))
+        # a quarter of the scratch's size: beside them there are two as large, before and after a product
+        step = max(LEAST_ROWS, scratch.rows_per_chunk(y.device, 4 * rows.shape[1], wide))
         for start in range(0, rows.shape[0], step):
             change(rows[start : start + step])
         return y if in_place else y.copy_(rows.view(last.shape).movedim(-1, self.axis))
@@ -134,25 +153,32 @@ def _is_rows(y: torch.Tensor) -> bool:
 
 
 def _turn_through(rows: torch.Tensor, products: Sequence[torch.Tensor], s: torch.Tensor) -> None:
-    """`Layout.turn_through` on ``[n, C]``; between two products the blocks of one become those of the next at once."""
+    """`Layout.turn_through` on ``[n, C]``.
+
+    Between two products channels come before rows, so that the blocks of one become those of the next at once and in
+    runs of n, however narrow they are; into the first product and out of the last one rows come first.
+    """
     n = rows.shape[0]
     before, after = _buffers(rows)
     c, k, g, h = products[0].shape[:4]
-    turned = rows.view(n, c, g, k, h).permute(1, 3, 0, 2, 4)
+    turned = rows.t()
     for i, product in enumerate(products):
         if i:
             k_before, g_before = k, g
             c, k, g = product.shape[:3]
-            turned = turned.view(c, g, k_before, n, g_before, h).permute(0, 4, 2, 3, 1, 5)
-        turned = turned if before is None else before.view(turned.shape).copy_(turned)
-        out = None if after is None else after.view(c * k, n, g * h)
-        turned = torch.bmm(turned.reshape(c * k, n, g * h), product.view(c * k, g * h, g * h), out=out)
+            turned = turned.view(c, g, k_before, g_before, h, n).transpose(1, 3)
+            turned = turned if before is None else before.view(turned.shape).copy_(turned)
+        blocks, turned = product.view(c * k, g * h, g * h), turned.reshape(c * k, g * h, n)
+        if i < len(products) - 1:
+            turned = torch.bmm(blocks.mT, turned, out=None if after is None else after.view(turned.shape))
+        else:
+            turned = torch.bmm(turned.mT, blocks, out=None if after is None else after.view(c * k, n, g * h))
     rows.view(n, c, g, k, h).lerp_(turned.view(c, k, n, g, h).permute(2, 0, 3, 1, 4), s)
 
 
 def _buffers(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Two of rows' size where fresh memory costs time: on a CPU, if neither autograd nor a compiler plans it."""
-    if rows.device.type != "cpu" or rows.requires_grad or torch.compiler.is_compiling():
+    """Two of rows' size, where there is memory to reuse."""
+    if not scratch.reuses(rows):
         return None, None
     n, channels = rows.shape
     first, second = (scratch.take(rows.device, n, channels, rows.dtype, slot) for slot in ("turn from", "turn to"))

@@ -31,7 +31,6 @@ from .kinds import (
     LoHa,
     Merge,
     Opaque,
-    Operator,
     Pad,
     Padded,
     Patch,
@@ -41,7 +40,7 @@ from .kinds import (
     merge,
 )  # fmt: skip
 from .layers import EmbeddingMath, PackedLayer
-from .layout import Layout
+from .layout import Layout, Operator
 
 log = logging.getLogger(__name__)
 
