@@ -1,7 +1,7 @@
 """What each kind of adapter costs beside its layer: `make bench-adapters`. Runs the adapters' tests first.
 
     python benchmarks/bench_adapters.py                       # tests, table, CSV in benchmarks/results/
-    python benchmarks/bench_adapters.py --kinds "LoKr, factor 8" --rows 384
+    python benchmarks/bench_adapters.py --kinds "LoKr, factor 8" --layers proj --rows 384
     python benchmarks/bench_adapters.py --toy                 # that the script itself runs
 
 Times are those of one call with the adapter over one without it, on Flux's largest layer and on an attention
@@ -35,6 +35,7 @@ from graft.ops.residual import FactorCache, ResidualStack  # isort: skip
 LAYERS = {"linear1": (21504, 3072), "proj": (3072, 3072)}
 ROWS = (384, 4096)
 TESTS = ("tests/test_adapters.py", "tests/test_residual.py")
+LEAST_PAIRS = 8
 RESIDUAL_LIMIT = (2.0, 3.0)
 """A residual kind may cost twice its ideal share, and 3 % of the layer on top."""
 
@@ -79,9 +80,9 @@ def dora(rank: int, axis: int) -> Callable[[int, int], tuple]:
 
 
 def boft_shape(n: int, most: int) -> tuple[int, int]:
-    """Stages and block size that LyCORIS takes for n outputs: an even size up to `most`, with 2ᵖ blocks."""
-    size = max(b for b in range(2, most + 1, 2) if n % b == 0 and (n // b).bit_count() == 1)
-    return (n // size).bit_length(), size
+    """Stages and block size that LyCORIS takes for n outputs: an even size up to `most`, 2ᵖ blocks; 0, 0 if none."""
+    size = max((b for b in range(2, most + 1, 2) if n % b == 0 and (n // b).bit_count() == 1), default=0)
+    return ((n // size).bit_length(), size) if size else (0, 0)
 
 
 def boft(most: int) -> Kind:
@@ -94,7 +95,7 @@ def boft(most: int) -> Kind:
 
 @dataclass(frozen=True)
 class Kind:
-    """An adapter for a weight ``[n, k]``, and its multiply-adds for a row of input."""
+    """An adapter for a weight ``[n, k]``, and its multiply-adds for a row of input; 0 if there is none for n and k."""
 
     make: Callable[[int, int], tuple]
     macs: Callable[[int, int], float]
@@ -110,6 +111,7 @@ KINDS = {
     "GLoRA, rank 32": Kind(glora(32), lambda n, k: 32 * (n + 3 * k)),
     "OFT, blocks of 64": Kind(lambda n, k: ("oft", (noise(n // 64, 64, 64), None, None, None)), lambda n, k: 64 * n),
     "BOFT, blocks up to 64": boft(64),
+    "BOFT, blocks up to 8": boft(8),
     "DoRA, output axis, rank 32": Kind(dora(32, 0), lambda n, k: 32 * (n + k) + n),
     "DoRA, input axis, rank 32": Kind(dora(32, 1), lambda n, k: 32 * (n + k) + k),
     "full difference": Kind(lambda n, k: ("diff", (noise(n, k),)), lambda n, k: n * k),
@@ -186,7 +188,7 @@ class Bench:
             self.time(call)
         found: tuple[list[float], list[float]] = ([], [])
         end = time.perf_counter() + self.seconds / fewer
-        while len(found[0]) < max(1, 3 // fewer) or time.perf_counter() < end:
+        while len(found[0]) < LEAST_PAIRS // fewer or time.perf_counter() < end:
             for times, call in zip(found, (first, second), strict=True):
                 times.append(self.time(call))
         return found
@@ -216,10 +218,12 @@ def random_weight(fmt_name: str, rows: int, columns: int) -> torch.Tensor:
 def measure(args: argparse.Namespace) -> list[Row]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     found = []
-    for name, shape in ({"toy": (512, 512)} if args.toy else LAYERS).items():
+    for name, shape in {"toy": (512, 512)}.items() if args.toy else [(name, LAYERS[name]) for name in args.layers]:
         for rows in (8,) if args.toy else args.rows:
             bench = Bench(shape, rows, args.type, dtype, 0.0 if args.toy else args.seconds)
             for label in args.kinds:
+                if not KINDS[label].macs(*shape):
+                    continue
                 ms, beside, merged = bench.ratios(KINDS[label])
                 low, _, _, high = statistics.quantiles(beside, n=5)
                 ideal = 100 * KINDS[label].macs(*shape) / math.prod(shape)
@@ -273,6 +277,7 @@ def _place(row: dict) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND")
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--type", default="Q4_K", help="the layer's format")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="bf16 on a GPU, fp32 without one")
