@@ -12,7 +12,7 @@ from pathlib import Path
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-import bench_adapters as bench  # noqa: E402
+import bench_adapters as bench
 
 
 def test_every_kind_has_a_line() -> None:
