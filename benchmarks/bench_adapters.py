@@ -218,15 +218,16 @@ def random_weight(fmt_name: str, rows: int, columns: int) -> torch.Tensor:
 def measure(args: argparse.Namespace) -> list[Row]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     found = []
-    for name, shape in {"toy": (512, 512)}.items() if args.toy else [(name, LAYERS[name]) for name in args.layers]:
+    for name, shape in ({"toy": (512, 512)} if args.toy else {name: LAYERS[name] for name in args.layers}).items():
         for rows in (8,) if args.toy else args.rows:
             bench = Bench(shape, rows, args.type, dtype, 0.0 if args.toy else args.seconds)
             for label in args.kinds:
-                if not KINDS[label].macs(*shape):
+                macs = KINDS[label].macs(*shape)
+                if not macs:
                     continue
                 ms, beside, merged = bench.ratios(KINDS[label])
                 low, _, _, high = statistics.quantiles(beside, n=5)
-                ideal = 100 * KINDS[label].macs(*shape) / math.prod(shape)
+                ideal = 100 * macs / math.prod(shape)
                 found.append(Row(
                     label, name, rows, args.type, args.dtype, device_name(), ms, ideal,
                     percent(statistics.median(beside)), percent(low), percent(high), percent(statistics.median(merged)),

@@ -63,7 +63,7 @@ def reuses(x: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def lent(x: torch.Tensor) -> Iterator[torch.Tensor]:
     """Memory for a changed copy of x as long as the block lasts; blocks inside of it get other memory."""
-    depth = _local.__dict__.get("lent", 0)
+    depth = getattr(_local, "lent", 0)
     _local.lent = depth + 1
     try:
         yield take(x.device, 1, x.numel(), x.dtype, f"lent {depth}").view(x.shape)
