@@ -600,7 +600,7 @@ class BOFT(Adapter):
         return split(min(range(1, stages + 1), key=cost))
 
     def _product(self, turns: torch.Tensor, first: int, last: int, rescale: torch.Tensor | None) -> torch.Tensor:
-        """The product of some stages, as `Layout.turn_through` takes it: ``[c, k, g, h, g, h]``."""
+        """The product of some stages, as `Layout.turn_through` takes it: ``[c, k, g, h, h, g]``."""
         apart, together, half = 2**first, 2 ** (last - first), turns.shape[-1] // 2
         size = together * half
         own = []
@@ -614,7 +614,8 @@ class BOFT(Adapter):
             gain = (_wide(rescale).flatten() - 1).view(-1, together, apart, half).transpose(1, 2).flatten()
         units = torch.eye(size, dtype=turns.dtype, device=turns.device).repeat(1, turns[0].numel() // (2 * half * size))
         product = (units + _butterfly(units, own, gain)).unflatten(1, (-1, apart, size)).movedim(0, 2)
-        return product.unflatten(3, (together, half)).unflatten(2, (together, half)).contiguous()
+        product = product.unflatten(3, (together, half)).unflatten(2, (together, half))
+        return product.transpose(-1, -2).contiguous()
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
         columns = weight.flatten(1).t()

@@ -91,7 +91,7 @@ class Layout:
         """``y + s·(y P₁P₂… − y)`` over y's channels, in place.
 
         Args:
-            products: of each P ``[c, k, g, h, g, h]``: it mixes channels over g and h, seen as ``[c, g, k, h]``. The
+            products: of each P ``[c, k, g, h, h, g]``: it mixes channels over g and h, seen as ``[c, g, k, h]``. The
                 next one's c is this one's divided by the next one's g, its k this one's times this one's g.
         """
         # what lies between two products is not rounded to less than fp32
@@ -111,8 +111,8 @@ class Layout:
         last = y.movedim(self.axis, -1)
         in_place = not self.kernel and _is_rows(y)
         rows = (last if in_place else last.contiguous()).view(-1, last.shape[-1])
-        # a quarter of the scratch's size: beside them there are two as large, before and after a product
-        step = max(LEAST_ROWS, scratch.rows_per_chunk(y.device, 4 * rows.shape[1], wide))
+        # an eighth of the scratch: beside them lie as many three times over, before and after a product
+        step = max(LEAST_ROWS, scratch.rows_per_chunk(y.device, 8 * rows.shape[1], wide))
         for start in range(0, rows.shape[0], step):
             change(rows[start : start + step])
         return y if in_place else y.copy_(rows.view(last.shape).movedim(-1, self.axis))
@@ -166,14 +166,17 @@ def _turn_through(rows: torch.Tensor, products: Sequence[torch.Tensor], s: torch
         if i:
             k_before, g_before = k, g
             c, k, g = product.shape[:3]
-            turned = turned.view(c, g, k_before, g_before, h, n).transpose(1, 3)
+            turned = turned.view(c, g, k_before, h, g_before, n).permute(0, 4, 2, 1, 3, 5)
             turned = turned if before is None else before.view(turned.shape).copy_(turned)
-        blocks, turned = product.view(c * k, g * h, g * h), turned.reshape(c * k, g * h, n)
+        blocks, turned = product.view(c * k, g * h, h * g), turned.reshape(c * k, g * h, n)
         if i < len(products) - 1:
             turned = torch.bmm(blocks.mT, turned, out=None if after is None else after.view(turned.shape))
         else:
-            turned = torch.bmm(turned.mT, blocks, out=None if after is None else after.view(c * k, n, g * h))
-    rows.view(n, c, g, k, h).lerp_(turned.view(c, k, n, g, h).permute(2, 0, 3, 1, 4), s)
+            turned = torch.bmm(turned.mT, blocks, out=None if after is None else after.view(c * k, n, h * g))
+    turned = turned.view(c, k, n, h, g).permute(2, 0, 1, 3, 4)
+    # in order first, so that what is left is to transpose k·h by g within a row: many short runs cost more than a copy
+    turned = turned if before is None else before.view(turned.shape).copy_(turned)
+    rows.view(n, c, g, k, h).lerp_(turned.permute(0, 1, 4, 2, 3), s)
 
 
 def _buffers(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
