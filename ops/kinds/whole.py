@@ -1,0 +1,100 @@
+"""Adapters that hold a whole weight or a whole difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...kernels import dequantize, linear
+from ..layout import Layout, Operator
+from ..packed import PackedTensor
+from .adapter import Adapter, Current
+from .factors import check_factors, check_same
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Diff(Adapter):
+    """``ΔW = diff``: a full difference.
+
+    Attributes:
+        diff: of the parameter's shape.
+    """
+
+    diff: torch.Tensor
+
+    kind: ClassVar[str] = "diff"
+
+    def check(self, shape: torch.Size) -> None:
+        check_factors("diff", diff=self.diff)
+        check_same(self.diff, shape)
+
+    def tensors(self, current: Current) -> dict[str, torch.Tensor]:
+        return {"weight": self.diff.packed if isinstance(self.diff, PackedTensor) else self.diff}
+
+    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.diff, PackedTensor):
+            return at.own(x, p.weight) * s
+        if at.kernel:
+            return at.own(x, dequantize(p.weight.to(x.device), self.diff.fmt, self.diff.shape, x.dtype)) * s
+        return linear(x, p.weight.to(x.device), self.diff.fmt, rows=self.diff.shape[0]) * s
+
+    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+        diff = self.diff.dequantize(torch.float32) if isinstance(self.diff, PackedTensor) else self.diff
+        return diff.to(weight)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelDiff(Adapter):
+    """``ΔW = target − W₀`` with W₀ the base weight: another model as a LoRA (ComfyUI's ``model_as_lora``).
+
+    Attributes:
+        target: of the parameter's shape.
+    """
+
+    target: torch.Tensor
+
+    kind: ClassVar[str] = "model_as_lora"
+
+    def check(self, shape: torch.Size) -> None:
+        check_factors("model_as_lora", target=self.target)
+        check_same(self.target, shape)
+
+    def tensors(self, current: Current) -> dict[str, torch.Tensor]:
+        base = current.base()
+        return {"weight": self.target.to(base) - base}
+
+    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return at.own(x, p.weight) * s
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Set(Adapter):
+    """``W' = value``: takes the place of whatever was there; its strength says nothing.
+
+    Attributes:
+        value: of the parameter's shape.
+    """
+
+    value: torch.Tensor
+
+    kind: ClassVar[str] = "set"
+    idle_at_zero: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+
+    def check(self, shape: torch.Size) -> None:
+        check_factors("set", value=self.value)
+        check_same(self.value, shape)
+
+    def tensors(self, current: Current) -> dict[str, torch.Tensor]:
+        return {"weight": self.value}
+
+    def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return at.own(x, p.weight)
+
+    def operator(self, p: Any, at: Layout, f: Operator, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return at.own(x, p.weight)
+
+    def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
+        return self.value.to(weight, copy=True)
