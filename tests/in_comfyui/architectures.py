@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import comfy.ldm.flux.model
 import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ldm.wan.model
+import comfy.model_detection
 import comfy.ops
 import gguf
 import numpy as np
@@ -44,13 +48,33 @@ class Architecture:
         return [[torch.randn(1, *self.context, generator=g), extra]]
 
 
-def _flux() -> torch.nn.Module:
+def _flux(width: int = 3072) -> torch.nn.Module:
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
+    axes = [16, 56, 56]
     return comfy.ldm.flux.model.Flux(
-        in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096, hidden_size=3072,
-        mlp_ratio=4.0, num_heads=24, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000,
+        in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096, hidden_size=width,
+        mlp_ratio=4.0, num_heads=width // sum(axes), depth=1, depth_single_blocks=1, axes_dim=axes, theta=10000,
         qkv_bias=True, guidance_embed=True, **newer, **META,
     )  # fmt: skip
+
+
+@contextmanager
+def flux_as_wide_as_its_file() -> Iterator[None]:
+    """ComfyUI 0.3.64 takes every Flux to be 3072 wide; within this one it is as wide as its file, as in 0.19."""
+    detect = comfy.model_detection.detect_unet_config
+
+    def detect_width(state_dict: dict, key_prefix: str, *args: Any, **kwargs: Any) -> dict | None:
+        config = detect(state_dict, key_prefix, *args, **kwargs)
+        if config is not None and config.get("image_model") == "flux":
+            width = state_dict[f"{key_prefix}img_in.weight"].shape[0]
+            config |= {"hidden_size": width, "num_heads": width // sum(config["axes_dim"])}
+        return config
+
+    comfy.model_detection.detect_unet_config = detect_width
+    try:
+        yield
+    finally:
+        comfy.model_detection.detect_unet_config = detect
 
 
 def _sd3() -> torch.nn.Module:
@@ -78,12 +102,13 @@ def _sd15() -> torch.nn.Module:
     )  # fmt: skip
 
 
+_FLUX = Architecture(
+    "flux", _flux, (1, 16, 16, 16), (24, 4096), 768, ("double_blocks.0.img_attn", "single_blocks.0.linear1")
+)
 ARCHITECTURES = {
     a.name: a
     for a in (
-        Architecture(
-            "flux", _flux, (1, 16, 16, 16), (24, 4096), 768, ("double_blocks.0.img_attn", "single_blocks.0.linear1")
-        ),
+        _FLUX,
         Architecture("sd3", _sd3, (1, 16, 16, 16), (20, 4096), 2048, ("joint_blocks.0", "joint_blocks.2")),
         Architecture("wan", _wan, (1, 16, 3, 8, 8), (20, 4096), None, ("blocks.0", "blocks.1")),
         Architecture(
@@ -91,6 +116,8 @@ ARCHITECTURES = {
         ),
     )
 }
+NARROW = {**ARCHITECTURES, "flux": replace(_FLUX, build=partial(_flux, 1024))}
+"""The same with a ninth of Flux's 480 M weights, for tests that merge them again and again."""
 
 
 def write_model(architecture: Architecture, type_name: str, path: Path, seed: int = 0) -> Path:

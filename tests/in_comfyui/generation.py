@@ -12,7 +12,7 @@ import comfy.model_management
 import comfy.sd
 import nodes
 import torch
-from architectures import ARCHITECTURES, Architecture, write_model
+from architectures import Architecture, flux_as_wide_as_its_file, write_model
 
 
 def dense_model(pack, path):
@@ -26,12 +26,14 @@ def dense_model(pack, path):
 
 
 @contextmanager
-def both_models(pack: Any, name: str, type_name: str, folder: Path) -> Iterator[tuple[Architecture, Any, Any]]:
-    """A small architecture, a Graft model of a file of it in `type_name`, and ComfyUI's own; fp32, gone afterwards."""
-    architecture = ARCHITECTURES[name]
-    path = write_model(architecture, type_name, folder / f"{name}.gguf")
-    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
-    dense = dense_model(pack, path)
+def both_models(
+    pack: Any, architecture: Architecture, type_name: str, folder: Path
+) -> Iterator[tuple[Architecture, Any, Any]]:
+    """The architecture, a Graft model of a file of it in `type_name`, and ComfyUI's own; fp32, gone afterwards."""
+    path = write_model(architecture, type_name, folder / f"{architecture.name}.gguf")
+    with flux_as_wide_as_its_file():
+        graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+        dense = dense_model(pack, path)
     yield architecture, graft, dense
     del graft, dense
     forget()

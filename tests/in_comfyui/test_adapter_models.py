@@ -12,19 +12,17 @@ import adapter_samples as samples
 import pytest
 import torch
 from adapter_samples import Sampler
-from architectures import ARCHITECTURES
+from architectures import NARROW
 from generation import both_models, distance, fingerprint, sample, with_lora
 from safetensors.torch import save_file
 
 TYPES = ("Q8_0", "Q4_K", "IQ3_S")
-CASES = [(a, t) for a in ARCHITECTURES for t in TYPES]
+CASES = {f"{a.name}-{t}": (a, t) for a in NARROW.values() for t in TYPES}
 INPUTS_AND_ENDS = (
     "x_embedder", "patch_embedding", "input_blocks.0", "img_in", "txt_in", "time_in", "vector_in", "guidance_in",
     "final_layer", "single_blocks.0.modulation",
 )  # fmt: skip
 """Smaller than most of the blocks' layers, so that more kinds find a place in one file."""
-LARGEST = "single_blocks.0.linear1"
-"""Flux's, left to `test_generate`: the host's merges of it would take as long as all others."""
 
 # the host leaves LoKr with a core out
 EXACT = [k for k in (samples.KINDS | samples.CONV_KINDS) if "oft" not in k and k != "lokr core"]
@@ -90,14 +88,14 @@ def files_of(
         yield state
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def models(request, pack, tmp_path_factory):
     """A Graft model, ComfyUI's own of the same file, and the weights that adapters go to."""
     with both_models(pack, *request.param, tmp_path_factory.mktemp("gguf")) as (architecture, graft, dense):
         wanted = (*architecture.lora_layers, *INPUTS_AND_ENDS)
         names = [name.removeprefix("diffusion_model.") for name in graft.graft.layers]
         state = dense.model.diffusion_model.state_dict()
-        weights = {n: state[f"{n}.weight"] for n in names if n.startswith(wanted) and n != LARGEST}
+        weights = {n: state[f"{n}.weight"] for n in names if n.startswith(wanted)}
         yield architecture, graft, dense, weights
 
 

@@ -9,6 +9,7 @@ import comfy.ops
 import nodes
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from generation import both_models, distance, fingerprint, sample, with_lora
 from loras import make_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
@@ -19,7 +20,7 @@ TOLERANCE = 1e-5  # fp32 sums in another order
 @pytest.fixture(scope="module")
 def unets(pack, tmp_path_factory):
     """An SD1.5 UNet as a Graft model, and as ComfyUI's own."""
-    with both_models(pack, "sd15", "Q8_0", tmp_path_factory.mktemp("gguf")) as models:
+    with both_models(pack, ARCHITECTURES["sd15"], "Q8_0", tmp_path_factory.mktemp("gguf")) as models:
         yield models
 
 
