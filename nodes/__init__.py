@@ -4,9 +4,11 @@ from .demo import GraftDemoDecode, GraftDemoPrompt, register_demo
 from .inspect import GraftInspect
 from .loader import GraftUNETLoader, register_folder
 from .lora import GraftLoraStack
+from .replacements import offer_replacements
 
 register_folder()
 register_demo()
+offer_replacements()
 
 NODE_CLASS_MAPPINGS = {
     "GraftUNETLoader": GraftUNETLoader,

@@ -10,16 +10,15 @@ import folder_paths
 from ..demo import pictures
 from . import node
 from .loader import DEMO_FOLDER
+from .lora import DEMO_LORAS
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo"
 
 
 def register_demo() -> None:
-    """Let the host list the demo's model and LoRAs, behind its own files."""
-    known = folder_paths.folder_names_and_paths
-    known[DEMO_FOLDER] = ([str(FOLDER)], {".gguf"})
-    if str(FOLDER) not in known["loras"][0]:
-        known["loras"][0].append(str(FOLDER))
+    """Let our own nodes list the demo's model and LoRAs."""
+    folder_paths.folder_names_and_paths[DEMO_FOLDER] = ([str(FOLDER)], {".gguf"})
+    folder_paths.folder_names_and_paths[DEMO_LORAS] = ([str(FOLDER)], {".safetensors"})
 
 
 class GraftDemoPrompt:
@@ -42,9 +41,9 @@ class GraftDemoPrompt:
         return {"required": {"text": ("STRING", text)}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, text: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, text: str | None) -> bool | str:
         try:
-            pictures.prompt(text)
+            pictures.prompt(text or "")
         except ValueError as error:
             return str(error)
         return True

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..ops.adapters import Patch
 from ..ops.report import examples, way_of
 from . import node
+from .lora import rows_on
 from .patcher import GraftPatcher
 
 
 def report(model: GraftPatcher) -> str:
-    """The file, the adapters by the way that their layers take, and what was rejected, each with its reason."""
+    """The file, its adapters, the ways that their layers take, and what was rejected, each with its reason."""
     lines = [model.graft.summary]
     if not model.residuals:
         return "\n".join([*lines, "no adapters"])
+    files = [f"{name} ×{strength:.2f}" for name, strength in rows_on(model)]
+    lines += [f"from LoRA Stack: {', '.join(files)}"] if files else []
+    lines += [f"{what}: {count} {'layer' if count == 1 else 'layers'}" for what, count in adapters(model).items()]
     planned = model.residuals.planned(model.graft.layers)
     ways: dict[str, list[str]] = {}
     for name, residual in planned.items():
@@ -26,6 +31,22 @@ def report(model: GraftPatcher) -> str:
     lines += [f"rejected: {key}: {reason}" for key, reason in model.rejected.items()]
     lines += [f"rejected: {name}: {reason}" for name, residual in planned.items() for reason in residual.rejected]
     return "\n".join(lines)
+
+
+def adapters(model: GraftPatcher) -> dict[str, int]:
+    """How many layers have an adapter of a kind, rank and strength, in the order in which they were added."""
+    layers: dict[str, set[str]] = {}
+    for key, patches in model.residuals.patches.items():
+        for patch in patches:
+            layers.setdefault(_described(patch), set()).add(key.rpartition(".")[0])
+    return {what: len(names) for what, names in layers.items()}
+
+
+def _described(patch: Patch) -> str:
+    rank = getattr(getattr(patch.adapter, "inner", patch.adapter), "rank", None)
+    what = patch.adapter.kind if rank is None else f"{patch.adapter.kind}, rank {rank}"
+    scaled = "" if patch.strength_model == 1.0 else f", all before it ×{patch.strength_model:.2f}"
+    return f"{what} ×{patch.strength:.2f}{scaled}"
 
 
 class GraftInspect:

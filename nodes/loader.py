@@ -141,7 +141,7 @@ class GraftUNETLoader:
 
     DESCRIPTION = (
         "Loads a GGUF diffusion model. LoRAs from any LoRA node run beside the quantized weights: "
-        "exact, at full speed, and the file's bytes stay as they are."
+        "exact, and the file's bytes stay as they are."
     )
     SEARCH_ALIASES = ["gguf", "unet loader gguf", "load gguf", "quantized model", "q4", "q8"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
@@ -165,20 +165,20 @@ class GraftUNETLoader:
                 ),
                 "backend": (
                     list(kernels.BACKENDS),
-                    {"default": "auto", "tooltip": "What decodes the weights; auto takes the fastest that runs here."},
+                    {"default": "auto", "tooltip": "What decodes the weights: auto takes the first that can."},
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def IS_CHANGED(cls, unet_name: str, **_: Any) -> Any:
-        return node.file_state(model_path(unet_name))
+    def IS_CHANGED(cls, unet_name: str | None, **_: Any) -> Any:
+        return node.UNKNOWN if unet_name is None else node.file_state(model_path(unet_name))
 
     @classmethod
-    def VALIDATE_INPUTS(cls, unet_name: str) -> bool | str:
-        if model_path(unet_name) is None:
-            return f"{unet_name} is not there any more: {REMEDY}"
+    def VALIDATE_INPUTS(cls, unet_name: str | None) -> bool | str:
+        if unet_name is not None and model_path(unet_name) is None:
+            return f"{unet_name} is not there: {REMEDY}"
         return True
 
     def load(
@@ -186,7 +186,7 @@ class GraftUNETLoader:
     ) -> dict:
         path = model_path(unet_name)
         if path is None:
-            raise CorruptFile(f"{unet_name} is not there any more: {REMEDY}")
+            raise CorruptFile(f"{unet_name} is not there: {REMEDY}")
         patcher = load_diffusion_model(path, compute_dtype, backend)
         log.info("%s: %s", os.path.basename(path), patcher.graft.summary)
         return node.result((patcher,), patcher.graft.summary, unique_id)

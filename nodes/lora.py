@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.lora_convert
@@ -23,44 +23,64 @@ log = logging.getLogger(__name__)
 
 ROWS = 8
 NONE = "None"
+STACK_INPUT = "lora_stack"
+ATTACHED = "graft_lora_stack"
+"""Under which a MODEL or CLIP carries what was put on it."""
+
+DEMO_LORAS = "graft_demo_loras"
+"""A key of our own for the demo's files, so that they don't stand among people's own in other nodes."""
 
 
 class LoraFiles:
     """The files of one node, read once and again when they change."""
 
     def __init__(self) -> None:
-        self._read: dict[str, tuple[Any, AdapterFile]] = {}
+        self._read: dict[tuple[str, str], tuple[Any, AdapterFile]] = {}
 
-    def open(self, path: str) -> AdapterFile:
-        """The file; AdapterError if it cannot be read as adapters."""
+    def open(self, path: str, norm: str = "merged") -> AdapterFile:
+        """The file, for a model that takes `norm` (`load_adapters`); AdapterError if it cannot be read as adapters."""
         changed = node.file_state(path)
-        known = self._read.get(path)
+        known = self._read.get((path, norm))
         if known is None or known[0] != changed:
-            known = self._read[path] = (changed, load_adapters(path))
+            known = self._read[path, norm] = (changed, load_adapters(path, norm))
         return known[1]
 
     def keep(self, paths: set[str]) -> None:
         """Forget the files that no row names any more."""
-        self._read = {path: value for path, value in self._read.items() if path in paths}
+        self._read = {key: value for key, value in self._read.items() if key[0] in paths}
 
 
-def apply_lora(model: Any, file: AdapterFile, name: str, strength: float) -> FileReport:
-    """Add a file's adapters to `model` (already a clone), through the host's own converters, key map and loader.
+def apply_lora(
+    model: Any, file: AdapterFile, name: str, strength: float, clip: Any = None, strength_clip: float = 0.0
+) -> FileReport:
+    """Add a file's adapters to `model` and `clip` (clones already) through the host's converters, key maps and loader.
 
     Raises:
-        AdapterError: nothing in the file fits the model.
+        AdapterError: nothing in the file fits either.
     """
     state = comfy.lora_convert.convert_lora(dict(file.state))
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(state, key_map, log_missing=False)
-    rejected = model.rejected if isinstance(model, GraftPatcher) else {}
-    before = set(rejected)
-    taken = model.add_patches(patches, strength)
-    new = {key: why for key, why in rejected.items() if key not in before}
-    report = FileReport.of(name, strength, state, patches, taken, new, type(model.model.model_config).__name__)
-    if not taken:
+    patches = _load(state, comfy.lora.model_lora_keys_unet(model.model, {}))
+    before, taken = {}, []
+    if isinstance(model, GraftPatcher):
+        before, model.rejected = model.rejected, {}
+    if strength:
+        taken = model.add_patches(patches, strength)
+    rejected = {}
+    if isinstance(model, GraftPatcher):
+        rejected, model.rejected = model.rejected, before | model.rejected
+    report = FileReport.of(name, strength, state, patches, taken, rejected, type(model.model.model_config).__name__)
+    report = replace(report, dialect=file.dialect, ways=_ways(model, taken))
+    if clip is not None:
+        for_clip = _load(state, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
+        found = clip.add_patches(for_clip, strength_clip) if strength_clip else []
+        report = replace(report, on_clip=len({place_of(key) for key in found}))
+    if not taken and not report.on_clip and (strength or strength_clip):
         raise AdapterError(report.line)
-    return replace(report, dialect=file.dialect, ways=_ways(model, taken))
+    return report
+
+
+def _load(state: dict[str, Any], key_map: dict[str, Any]) -> dict[Any, Any]:
+    return comfy.lora.load_lora(state, key_map, log_missing=False)
 
 
 def _ways(model: Any, taken: Collection[Any]) -> dict[str, int]:
@@ -81,11 +101,54 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         frequencies = json.loads(metadata.get("ss_tag_frequency", "{}"))
     except json.JSONDecodeError:
         return []
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     for tags in frequencies.values() if isinstance(frequencies, dict) else ():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
-            counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+            if isinstance(count, (int, float)):
+                counts[tag.strip()] = counts.get(tag.strip(), 0) + count
     return sorted(counts, key=lambda tag: -counts[tag])[:3]
+
+
+class Row(NamedTuple):
+    """A LoRA to apply: the file, its strengths, and where it is written, for messages."""
+
+    name: str
+    strength: float
+    strength_clip: float
+    place: str
+
+    @property
+    def incoming(self) -> bool:
+        return self.place == STACK_INPUT
+
+
+class _Stacked:
+    """A MODEL or CLIP with the rows that LoRA Stacks have put on it, which its clones carry along."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._cloned = False
+        self._left = Counter(rows_on(value))  # those of an incoming stack are found here once each
+
+    def has(self, row: Row) -> bool:
+        """Whether the row is on it already; asked again, whether it is twice."""
+        key = (row.name, row.strength)
+        self._left[key] -= 1
+        return self._left[key] >= 0
+
+    def changed(self, row: Row, strength: float) -> Any:
+        """It, a clone by now if `strength` is to change it, with the row noted."""
+        if strength and not self._cloned:
+            self.value, self._cloned = self.value.clone(), True
+        if strength:
+            patcher = getattr(self.value, "patcher", self.value)
+            patcher.set_attachments(ATTACHED, (*rows_on(self.value), (row.name, row.strength)))
+        return self.value
+
+
+def rows_on(target: Any) -> tuple[tuple[str, float], ...]:
+    """The files and strengths that LoRA Stacks have put on a MODEL or CLIP; none on None."""
+    return getattr(getattr(target, "patcher", target), "attachments", {}).get(ATTACHED, ())
 
 
 class GraftLoraStack:
@@ -97,13 +160,15 @@ class GraftLoraStack:
     )
     SEARCH_ALIASES = ["lora loader", "lora stack", "multi lora", "power lora", "gguf lora"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
-    RETURN_TYPES = ("MODEL", "LORA_STACK", "STRING", "STRING")
-    RETURN_NAMES = ("MODEL", "LORA_STACK", "report", "trigger_words")
+    RETURN_TYPES = ("MODEL", "LORA_STACK", "STRING", "STRING", "CLIP")
+    RETURN_NAMES = ("MODEL", "LORA_STACK", "report", "trigger_words", "CLIP")
     OUTPUT_TOOLTIPS = (
         "The model with these LoRAs.",
-        "The rows as (file, model strength, clip strength), for other stackers.",
+        "All rows as (file, model strength, clip strength). They are on MODEL already: connect this to other packs' "
+        "stackers, or to a LoRA Stack of another model.",
         "For each file how many layers it reaches and why not more, and which way they take.",
         "The trigger words that the files name, separated by commas.",
+        "The CLIP that came in, with the text encoder layers of these LoRAs.",
     )
     FUNCTION = "apply"
 
@@ -112,9 +177,12 @@ class GraftLoraStack:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        files = [NONE, *folder_paths.get_filename_list("loras")]
+        files = [NONE, *lora_files()]
         optional: dict[str, tuple] = {
-            "lora_stack": ("LORA_STACK", {"tooltip": "Rows of another stacker; they come before these."}),
+            STACK_INPUT: (
+                "LORA_STACK",
+                {"tooltip": "Rows of another stacker, put on the model before these; not those that it has already."},
+            ),
         }
         for row in range(1, ROWS + 1):
             optional[f"enabled_{row}"] = ("BOOLEAN", {"default": True, "tooltip": f"Switches row {row} on and off."})
@@ -123,6 +191,8 @@ class GraftLoraStack:
                 "FLOAT",
                 {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.05, "tooltip": f"Strength of row {row}."},
             )
+        # last, since workflows keep the order
+        optional["clip"] = ("CLIP", {"tooltip": "For LoRAs that were trained with the text encoder; may stay empty."})
         return {
             "required": {"model": ("MODEL", {"tooltip": "A Graft model, or any other."})},
             "optional": optional,
@@ -131,40 +201,72 @@ class GraftLoraStack:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> Any:
-        names = [name for name, *_ in _rows(inputs)]
-        return [node.file_state(folder_paths.get_full_path("loras", name)) for name in names]
+        return [node.file_state(lora_path(row.name)) for row in _own_rows(inputs)]
 
     @classmethod
-    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
-        for name, *_ in _rows({k: v for k, v in inputs.items() if k != "lora_stack"}):
-            if folder_paths.get_full_path("loras", name) is None:
-                return f"{name} is not there any more: put it into models/loras, or switch its row off"
+    def VALIDATE_INPUTS(cls, **_: Any) -> bool:
+        """All that the host would check; a missing file `apply` names once, the host would for every input."""
         return True
 
-    def apply(self, model: Any, unique_id: str | None = None, **inputs: Any) -> dict:
-        rows = _rows(inputs)
+    def apply(self, model: Any, clip: Any = None, unique_id: str | None = None, **inputs: Any) -> dict:
+        rows = [*_stacked_rows(inputs), *_own_rows(inputs)]
+        paths = _paths(rows)
         reports: list[str] = []
         words: list[str] = []
-        paths = {name: folder_paths.get_full_path_or_raise("loras", name) for name, *_ in rows}
-        if any(strength for _, strength, _ in rows):
-            model = model.clone()
-        for name, strength, _ in rows:
-            file = self._files.open(paths[name])
-            if strength:
-                reports.append(apply_lora(model, file, name, strength).text)
+        on_model, on_clip = _Stacked(model), _Stacked(clip)
+        norm = "merged" if isinstance(model, GraftPatcher) else "comfy"
+        for row in rows:
+            # what came with the stack may be there already, since both outputs of a LoRA Stack carry its rows
+            strength = 0.0 if row.incoming and on_model.has(row) else row.strength
+            strength_clip = 0.0 if clip is None or (row.incoming and on_clip.has(row)) else row.strength_clip
+            file = self._files.open(paths[row.name], norm)
             words += trigger_words(file.metadata)
+            if strength or strength_clip:
+                targets = on_model.changed(row, strength), on_clip.changed(row, strength_clip)
+                reports.append(apply_lora(targets[0], file, row.name, strength, targets[1], strength_clip).text)
+            elif row.strength:
+                reports.append(f"{row.name} ×{row.strength:.2f}: on this model already, not put on it again")
         self._files.keep(set(paths.values()))
         text = "\n".join(reports) or "no LoRA is switched on"
         log.info("%s", text)
-        return node.result((model, rows, text, ", ".join(dict.fromkeys(words))), text, unique_id)
+        stack = [(row.name, row.strength, row.strength_clip) for row in rows]
+        outputs = (on_model.value, stack, text, ", ".join(dict.fromkeys(words)), on_clip.value)
+        return node.result(outputs, text, unique_id)
 
 
-def _rows(inputs: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """The stack that came in, then the rows that are switched on: ``(file, model strength, clip strength)``."""
-    rows = [tuple(row) for row in inputs.get("lora_stack") or ()]
-    for row in range(1, ROWS + 1):
-        name = inputs.get(f"lora_{row}", NONE)
-        if name and name != NONE and inputs.get(f"enabled_{row}", True):
-            strength = float(inputs.get(f"strength_{row}", 1.0))
-            rows.append((name, strength, strength))
+def lora_files() -> list[str]:
+    """What the rows list: people's own files, then the demo's."""
+    demo = folder_paths.get_filename_list(DEMO_LORAS) if DEMO_LORAS in folder_paths.folder_names_and_paths else []
+    return list(dict.fromkeys([*folder_paths.get_filename_list("loras"), *demo]))
+
+
+def lora_path(name: str) -> str | None:
+    """Where a listed file lies, or None if it is gone."""
+    return folder_paths.get_full_path("loras", name) or folder_paths.get_full_path(DEMO_LORAS, name)
+
+
+def _stacked_rows(inputs: dict[str, Any]) -> list[Row]:
+    rows = [tuple(row) for row in inputs.get(STACK_INPUT) or ()]
+    return [Row(str(row[0]), *map(float, row[1:3]), STACK_INPUT) for row in rows if row[0] and row[0] != NONE]
+
+
+def _own_rows(inputs: dict[str, Any]) -> list[Row]:
+    """The rows that are switched on; until the node runs, what comes through a link is None."""
+    rows = []
+    for number in range(1, ROWS + 1):
+        name = inputs.get(f"lora_{number}")
+        if name and name != NONE and inputs.get(f"enabled_{number}", True):
+            strength = float(inputs.get(f"strength_{number}", 1.0) or 0.0)
+            rows.append(Row(name, strength, strength, f"row {number}"))
     return rows
+
+
+def _paths(rows: Sequence[Row]) -> dict[str, str]:
+    """Where the rows' files lie; AdapterError that names all which are missing."""
+    paths = {row.name: lora_path(row.name) for row in rows}
+    missing = dict.fromkeys(f"{row.name} ({row.place})" for row in rows if paths[row.name] is None)
+    if missing:
+        raise AdapterError(
+            f"not in models/loras: {', '.join(missing)}: put the file there, choose another one, or switch its row off"
+        )
+    return {name: path for name, path in paths.items() if path is not None}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 CATEGORY = "Graft"
+
+UNKNOWN = ""
+"""Stands for the state of a file whose name comes through a link: hosts tell it only to the node itself."""
 
 WEB = Path(__file__).resolve().parent.parent / "web"
 """What the front end is served: help pages by node id."""
@@ -29,9 +33,9 @@ def show(text: str, unique_id: str | None) -> None:
         server.send_progress_text(text, unique_id)
 
 
-def file_state(path: str | None) -> tuple | float:
-    """What tells that a file was replaced: its path, time and size."""
+def file_state(path: str | None) -> str | float:
+    """What tells that a file was replaced: a digest of its path, time and size, since hosts write it into pictures."""
     if path is None or not os.path.isfile(path):
         return float("nan")
     stat = os.stat(path)
-    return path, stat.st_mtime_ns, stat.st_size
+    return hashlib.sha256(f"{path} {stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()

@@ -23,10 +23,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..kernels import AdapterError, GraftError
-from ..ops.adapters import Patch, Region, from_host
+from ..ops import kinds
+from ..ops.adapters import Adapter, Patch, Region, from_host, is_the_hosts_own
 from ..ops.kinds import Padded
 from ..ops.layers import PackedLayer, packed_layers
 from ..ops.packed import PackedTensor
+from ..ops.report import examples
 from ..ops.residual import FactorCache, ResidualStack
 from .ops import HostLayer, plain_key
 
@@ -134,31 +136,38 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         return ours, theirs
 
     def _add(self, stack: ResidualStack, patches: Mapping, strength: float, strength_model: float) -> list:
-        taken = []
+        taken: list = []
+        rejected: dict[str, str] = {}
         for key, value in patches.items():
             name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
             region = None if offset is None else Region(*offset)
             layer = self.graft.layer_of(name)
             assert layer is not None
-            shape = layer.logical_shape if name.endswith(".weight") else layer.logical_shape[:1]
             try:
-                adapter = from_host(value, shape, region, function)
+                adapter = self._adapter(stack, name, layer, value, region, function)
             except AdapterError as error:
-                self.rejected[name] = str(error)
-                log.warning("%s: %s", name, error)
+                rejected[name] = str(error)
                 continue
             origin = (strength, value, strength_model, offset, function)
-            padded = isinstance(adapter, Padded) and hasattr(self.model, "concat_cond")
-            if padded and stack is not self.residuals:
-                # the host makes its conditionings before it switches hooks on
-                self.rejected[name] = "it widens the model's first layer, which a scheduled or masked LoRA cannot"
-                log.warning("%s: %s", name, self.rejected[name])
-                continue
             stack.add(name, Patch(strength, adapter, strength_model, region, None, origin))
             taken.append(key)
-            if padded:
+            if isinstance(adapter, Padded) and hasattr(self.model, "concat_cond"):
                 self.add_object_patch("concat_cond", _concat_cond_for(self.model, layer, adapter.shape))
+        if rejected:
+            reasons = [f"{name}: {why}" for name, why in rejected.items()]
+            log.warning("%d of %d patches left out, such as %s", len(rejected), len(patches), examples(reasons))
+        self.rejected |= rejected
         return taken
+
+    def _adapter(
+        self, stack: ResidualStack, name: str, layer: PackedLayer, value: Any, region: Region | None, function: Any
+    ) -> Adapter:
+        shape = layer.logical_shape if name.endswith(".weight") else layer.logical_shape[:1]
+        adapter = from_host(value, shape, region, function)
+        if isinstance(adapter, Padded) and hasattr(self.model, "concat_cond") and stack is not self.residuals:
+            # the host makes its conditionings before it switches hooks on
+            raise AdapterError("it widens the model's first layer, which a scheduled or masked LoRA cannot")
+        return adapter
 
     def get_additional_models(self) -> list:
         """The host loads these beside the model: the factors, so that it moves and counts their memory."""
@@ -179,7 +188,8 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         return patcher
 
     def compute_dtype(self) -> torch.dtype:
-        return getattr(self.model, "manual_cast_dtype", None) or self.model.get_dtype()
+        """As this branch has it: on the model another branch's choice may still stand."""
+        return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
 
     def active_stack(self) -> ResidualStack:
         """The residuals of this branch, with those of the hooks that the host has switched on."""
@@ -240,12 +250,16 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         for key in found:
             layer = self.graft.layer_of(key)
             if layer is not None:
-                weight = layer.packed_weight() if key.endswith(".weight") else layer.bias
-                found[key] = [(weight, _as_it_is), *self._origins(key)]
+                found[key] = self._key_patches(key, layer)
         return found
 
-    def _origins(self, key: str) -> list[tuple]:
-        return [p.origin for p in self.residuals.patches.get(key, ()) if p.origin is not None]
+    def _key_patches(self, key: str, layer: PackedLayer) -> list:
+        """A parameter's weight and the patches for it; merged already if the host would merge one of them wrongly."""
+        patches = self.residuals.patches.get(key, ())
+        if not all(is_the_hosts_own(p.adapter, p.origin[1]) for p in patches if p.origin is not None):
+            return [(self.merged(key, layer), _as_it_is)]
+        weight = layer.packed_weight() if key.endswith(".weight") else layer.bias
+        return [(weight, _as_it_is), *(p.origin for p in patches if p.origin is not None)]
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict:
         """Weights as a loaded model of the host's would show them: patched."""
@@ -263,8 +277,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
     def merged(self, key: str, layer: PackedLayer) -> torch.Tensor:
         """A layer's weight or bias with the residuals of this branch in it, fp32, in memory of its own."""
         weight = layer.dequantized() if key.endswith(".weight") else layer.bias.float().clone()
-        patches = self.residuals.patches.get(key, ())
-        return merge(self, patches, weight, key) if patches else weight
+        return kinds.merge(weight, self.residuals.patches.get(key, ()), lambda patch, w: merge(self, [patch], w, key))
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
         """Nodes that extract LoRAs ask here for a patched weight."""

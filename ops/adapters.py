@@ -20,6 +20,7 @@ from .kinds import (
     Diff,
     DoRA,
     GLoRA,
+    Idle,
     LoHa,
     LoKr,
     LoRA,
@@ -71,6 +72,23 @@ def from_host(
     return adapter
 
 
+def is_the_hosts_own(adapter: Adapter, value: Any) -> bool:
+    """Whether the host would merge `value` into what `adapter`, which `from_host` made of it, stands for.
+
+    It leaves out or misreads what is taken here beyond its own formats.
+    """
+    if isinstance(value, Adapter):
+        return False
+    if isinstance(adapter, (Padded, Permuted)):
+        return is_the_hosts_own(adapter.inner, value)
+    if isinstance(adapter, DoRA):
+        return adapter.norm == "comfy" and is_the_hosts_own(adapter.inner, value)
+    if isinstance(adapter, LoRA):
+        fields = value.weights if hasattr(value, "weights") else value[1]
+        return adapter.up is fields[0] and not isinstance(adapter.alpha, tuple)
+    return not (isinstance(adapter, LoKr) and adapter.t2 is not None)
+
+
 def _parse(value: Any, shape: torch.Size, norm: str) -> Adapter:
     if isinstance(value, Adapter):
         return value
@@ -81,7 +99,8 @@ def _parse(value: Any, shape: torch.Size, norm: str) -> Adapter:
     if isinstance(value, torch.Tensor):
         return Diff(value)
     if isinstance(value, tuple) and len(value) == 1:
-        return Diff(value[0])
+        # a node that only scales the weight by its strength_model has nothing to add
+        return Idle() if value[0] is None else Diff(value[0])
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
         return _of_kind(value[0], value[1], shape, norm, value)
     return Opaque(value, f"a patch of unknown form ({type(value).__name__})")
@@ -257,5 +276,5 @@ def _oriented(up: torch.Tensor, down: torch.Tensor, shape: torch.Size) -> tuple[
 
 __all__ = [
     "BOFT", "OFT", "Adapter", "Diff", "DoRA", "GLoRA", "LoHa", "LoKr", "LoRA", "Merge", "ModelDiff", "Opaque", "Padded",
-    "Patch", "Permuted", "Region", "Set", "from_host",
+    "Patch", "Permuted", "Region", "Set", "from_host", "is_the_hosts_own",
 ]  # fmt: skip

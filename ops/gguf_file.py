@@ -521,7 +521,7 @@ _OTHER_KINDS = (
     ),
     _OtherKind(
         "a text encoder",
-        "use a CLIP loader",
+        "use a CLIP loader that reads GGUF",
         (
             *("bert", "gemma", "gemma2", "gemma3", "gpt-oss", "llama", "mistral", "mistral3", "phi3", "qwen2"),
             *("qwen2vl", "qwen3", "qwen3vl", "t5", "t5encoder"),

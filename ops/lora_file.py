@@ -161,8 +161,11 @@ class FittedAdapters:
         )  # fmt: skip
 
 
-def load_adapters(path: str | os.PathLike[str]) -> AdapterFile:
+def load_adapters(path: str | os.PathLike[str], norm: str = "merged") -> AdapterFile:
     """Read a safetensors file of adapters.
+
+    Args:
+        norm: how magnitudes of PEFT's are to arrive, see `extra_dialects`; ``comfy`` for a host's own merge.
 
     Raises:
         AdapterError: it is missing, damaged, incomplete or of another kind.
@@ -177,7 +180,7 @@ def load_adapters(path: str | os.PathLike[str]) -> AdapterFile:
         raise AdapterError(f"the file is damaged ({_first_line(error)}): download it again ({path})") from error
     # what holds no adapter, such as a trainer's own counters, tells nothing of names
     dialect = dialect_of(key for key in state if split_name(key) is not None)
-    return AdapterFile(path, extra_dialects(state), metadata, dialect)
+    return AdapterFile(path, extra_dialects(state, norm), metadata, dialect)
 
 
 def _check_kind(path: Path) -> None:

@@ -110,6 +110,7 @@ class FileReport:
         model: what the model is.
         dialect: whose names the file uses.
         ways: how many layers take which way, in words (`way_of`).
+        on_clip: layers of text encoders that a CLIP took; None if there was none.
     """
 
     name: str
@@ -124,6 +125,7 @@ class FileReport:
     model: str = ""
     dialect: str = ""
     ways: Mapping[str, int] = field(default_factory=dict)
+    on_clip: int | None = None
 
     @classmethod
     def of(
@@ -161,7 +163,7 @@ class FileReport:
     def line(self) -> str:
         """``style.safetensors ×0.80: 304/304 layers, rank 16``; a reason where nothing fits."""
         if not self.matched:
-            return self._nothing()
+            return f"{self.name}: {_layers(self.on_clip)} of the text encoder" if self.on_clip else self._nothing()
         head = f"{self.name} ×{self.strength:.2f}: {self.matched}/{self.total} layers"
         head += f", {self.what}" if self.what else ""
         if self.missing:
@@ -176,11 +178,13 @@ class FileReport:
         """The line, and below it whose names the file uses, which way its layers take, and what it holds for others."""
         if not self.matched:
             return self.line
-        ways = [f"{count} {'layer' if count == 1 else 'layers'} {way}" for way, count in self.ways.items()]
+        ways = [f"{_layers(count)} {way}" for way, count in self.ways.items()]
         details = [f"{self.dialect} names"] if self.dialect else []
         lines = [self.line, "; ".join(details + ways)]
-        if self.text_encoder:
-            lines.append(f"{self.text_encoder} layers of text encoders in it are for a CLIP loader")
+        if self.text_encoder and self.on_clip is None:
+            lines.append(f"{_layers(self.text_encoder)} of text encoders in it need a CLIP")
+        elif self.text_encoder:
+            lines.append(f"{self.on_clip} of {self.text_encoder} text encoder layers on the CLIP")
         return "\n  ".join(line for line in lines if line)
 
     def _reasons(self) -> list[str]:
@@ -198,6 +202,10 @@ class FileReport:
         if self.rejected:
             return f"{self.name}: 0 of {self.total} layers fit, such as {examples(self._reasons())}"
         return f"{self.name}: {cause} (0 of {self.total} layers match), such as {examples(self.missing)}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} {'layer' if count == 1 else 'layers'}"
 
 
 def modules_of(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:

@@ -557,13 +557,15 @@ class ResidualStack:
     merge: Merging | None = None
     _residuals: Mapping[str, LayerResidual] | None = None
     _scales: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    _dtype: torch.dtype | None = None
 
     def __bool__(self) -> bool:
         return bool(self.patches)
 
     def copy(self) -> ResidualStack:
         """An independent stack with the same patches, built already if this one is."""
-        return ResidualStack({k: list(v) for k, v in self.patches.items()}, self.merge, self._residuals, self._scales)
+        patches = {k: list(v) for k, v in self.patches.items()}
+        return ResidualStack(patches, self.merge, self._residuals, self._scales, self._dtype)
 
     def add(self, key: str, patch: Patch) -> None:
         """Put `patch` behind those that parameter `key` has."""
@@ -582,6 +584,8 @@ class ResidualStack:
         Returns:
             a module with every factor in leaf modules, for a host that moves and counts memory.
         """
+        if self._dtype != dtype:
+            self._residuals, self._scales, self._dtype = None, {}, dtype
         planned = self.planned(layers)
         if self._residuals is None:
             for name, residual in planned.items():

@@ -602,7 +602,7 @@ def test_prefix_of_the_diffusion_model_is_cut_off(prefix, tmp_path):
 
 
 OTHER_MODELS = [
-    ("llama", "token_embd.weight", "llama is a text encoder, not a diffusion model: use a CLIP loader"),
+    ("llama", "token_embd.weight", "llama is a text encoder, not a diffusion model: use a CLIP loader that reads GGUF"),
     ("qwen2vl", "blk.0.attn_q.weight", "qwen2vl is a text encoder, not a diffusion model: use a CLIP loader"),
     ("t5encoder", "enc.blk.0.attn_q.weight", "t5encoder is a text encoder"),
     ("gemma3", "anything", "gemma3 is a text encoder"),

@@ -80,6 +80,22 @@ class Scale(Adapter):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Idle(Adapter):
+    """``ΔW = 0``: the patch is about its ``strength_model`` alone (ComfyUI's attention multipliers)."""
+
+    kind: ClassVar[str] = "idle"
+
+    def tensors(self, current: Current) -> dict[str, torch.Tensor]:
+        return {}
+
+    def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
+        return weight.clone()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Opaque(Adapter):
     """A patch that only the host understands: it runs through the host's own merge on the decoded weight.
 

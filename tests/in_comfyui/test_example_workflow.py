@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,25 @@ def test_the_saved_picture_brings_its_workflow_back(server, path):
     with Image.open(saved(server, prompt, workflow)) as image:
         assert json.loads(image.info["workflow"]) == workflow
         assert to_api(json.loads(image.info["workflow"]), server.get("/object_info")) == prompt
+
+
+@pytest.mark.parametrize("old", ["UnetLoaderGGUF", "UnetLoaderGGUFAdvanced"])
+def test_a_workflow_of_comfyui_gguf_runs_without_it(server, old):
+    """A host that replaces nodes which are missing puts our loader where that pack's stood."""
+    if not (Path(os.environ["COMFYUI_PATH"]) / "app" / "node_replace_manager.py").is_file():
+        pytest.skip("this ComfyUI does not replace nodes")
+    workflow = json.loads((ROOT / "example_workflows" / "Graft demo.json").read_text())
+    prompt = with_rows(to_api(workflow, server.get("/object_info")), {})
+    want = pixels(saved(server, prompt))
+    loader = next(node for node in prompt.values() if node["class_type"] == "GraftUNETLoader")
+    more = {"dequant_dtype": "default", "patch_dtype": "default", "patch_on_device": False}
+    inputs = {"unet_name": loader["inputs"]["unet_name"]} | (more if old.endswith("Advanced") else {})
+    loader |= {"class_type": old, "inputs": inputs}
+    for node in prompt.values():
+        node["_meta"] = {"title": node["class_type"]}  # as the front end sends it
+    assert torch.equal(pixels(saved(server, prompt)), want)
+    (replacement,) = server.get("/node_replacements")[old]
+    assert replacement["new_node_id"] == "GraftUNETLoader" and replacement["old_widget_ids"] == list(inputs)
 
 
 @pytest.mark.parametrize("loras", [{}, {"neon": 1.0}, {"neon": 0.6, "blueprint": 0.6}], ids="+".join)

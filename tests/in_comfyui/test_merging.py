@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import comfy.lora
 import comfy.sd
 import comfy.utils
+import pytest
 import torch
+from architectures import ARCHITECTURES
 from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeSimple, ModelSubtract
-from generation import distance, fingerprint, sample, with_lora
+from generation import both_models, distance, fingerprint, sample, with_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
 TOLERANCE = 2e-5  # fp32 sums of a merge in another order
@@ -69,6 +72,77 @@ def test_a_lora_is_extracted_from_a_difference(sd3, loras):  # noqa: F811
     assert changed <= ours.keys() == theirs.keys()
     for key in changed:
         assert distance(ours[key].float(), theirs[key].float()) < 1e-3, key  # the file is in fp16
+
+
+def _repaired(shape: tuple[int, ...]) -> dict[str, object]:
+    """Adapters that we take and the host leaves out or misreads."""
+    g = torch.Generator().manual_seed(0)
+    up, down = (0.1 * torch.randn(*size, generator=g) for size in ((shape[0], 4), (4, shape[1])))
+    magnitude = 0.5 + torch.rand(shape[0], generator=g)
+    # on a square weight nobody could tell
+    transposed = {"transposed": ("lora", (up.t(), down.t(), None, None, None, None))} if shape[0] != shape[1] else {}
+    return transposed | {
+        "alpha for each rank": ("lora", (up, down, torch.tensor([1.0, 2.0, 3.0, 4.0]), None, None, None)),
+        "PEFT's magnitudes": ("lora", (up, down, 4.0, None, magnitude, None)),
+    }
+
+
+@pytest.mark.parametrize("place", ["x_block.attn.proj", "x_block.mlp.fc1"])
+def test_what_the_host_could_not_merge_is_shown_as_it_runs(sd3, place):  # noqa: F811
+    graft, _ = sd3
+    name = f"diffusion_model.joint_blocks.0.{place}"
+    layer, key = graft.graft.layers[name], f"{name}.weight"
+    base = layer.dequantized()
+    for what, value in _repaired(tuple(layer.logical_shape)).items():
+        model = graft.clone()
+        assert model.add_patches({key: value}, 0.5) == [key], what
+        ones = torch.eye(base.shape[1])
+        with model.grafted(torch.device("cpu")):
+            runs = (layer(ones) - layer.bias).t() - base
+        assert runs.norm() > 0.01 * base.norm()
+        assert distance(model.merged(key, layer) - base, runs) < 1e-4, what
+        (weight, convert), *patches = model.get_key_patches()[key]
+        shown = comfy.lora.calculate_weight(patches, convert(weight.to(torch.float32, copy=True)), key)
+        assert distance(shown - base, runs) < 1e-4, what
+        saved = model.merged_state_dict(torch.float32)[key.removeprefix("diffusion_model.")]
+        assert distance(saved - base, runs) < 1e-4, what
+
+
+def test_nodes_that_only_scale_weights(pack, tmp_path):
+    """Attention multipliers add nothing, `(None,)`, at strength 0, and scale by strength_model."""
+    from comfy_extras.nodes_attention_multiply import UNetSelfAttentionMultiply
+
+    with both_models(pack, ARCHITECTURES["sd15"], "Q8_0", tmp_path) as (architecture, graft, dense):
+        scaled = []
+        for model in (graft, dense):
+            result = _outputs(UNetSelfAttentionMultiply, model=model, q=1.5, k=1.2, v=0.8, out=0.7)
+            assert not getattr(result, "rejected", None)
+            scaled.append(sample(result, architecture))
+        base = sample(dense, architecture)
+        assert distance(scaled[1], base) > 0.01
+        assert distance(scaled[0] - sample(graft, architecture), scaled[1] - base) < 1e-4
+
+
+def _outputs(node: type, **inputs: object) -> object:
+    """A node's first output, in the older and the newer form of nodes."""
+    if hasattr(node, "execute"):
+        return node.execute(**inputs).result[0]
+    return getattr(node(), node.FUNCTION)(**inputs)[0]
+
+
+def test_each_branch_has_the_precision_that_it_asks_for(sd3, loras):  # noqa: F811
+    """Also after a branch with another one has run on the model that they share."""
+    from comfy_extras.nodes_model_advanced import ModelComputeDtype
+
+    graft, dense = sd3
+    lora = {k: v.float() for k, v in loras[0].items()}
+    want = sample(with_lora(dense, lora), SD3) - sample(dense, SD3)
+    ours = sample(graft, SD3)
+    low = ModelComputeDtype().patch(with_lora(graft, lora), "bf16")[0]
+    assert 1e-3 < distance(sample(low, SD3), ours + want) < 0.1
+    assert distance(sample(with_lora(graft, lora), SD3) - ours, want) < 1e-4
+    high = ModelComputeDtype().patch(low, "fp32")[0]
+    assert distance(sample(high, SD3) - ours, want) < 1e-4
 
 
 def test_the_hosts_own_patches_are_saved(sd3, loras):  # noqa: F811

@@ -13,10 +13,30 @@ from loras import make_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
 
+class LinkedValue:
+    """Gives a value that is known only when the prompt runs."""
+
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    class Any(str):
+        def __ne__(self, other: object) -> bool:
+            return False
+
+        __hash__ = str.__hash__
+
+    RETURN_TYPES = (Any("*"),)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}, "optional": {"any": (cls.Any("*"),)}}
+
+
 @pytest.fixture(scope="module")
 def classes():
     import nodes
 
+    nodes.NODE_CLASS_MAPPINGS["LinkedValue"] = LinkedValue
     return nodes.NODE_CLASS_MAPPINGS
 
 
@@ -59,7 +79,8 @@ def test_inputs_are_the_promised_ones(classes):
     assert list(loader["optional"]) == ["compute_dtype", "backend"]
     rows = [f"{what}_{row}" for row in range(1, 9) for what in ("enabled", "lora", "strength")]
     assert list(stack["required"]) == ["model"]
-    assert list(stack["optional"]) == ["lora_stack", *rows]
+    assert list(stack["optional"]) == ["lora_stack", *rows, "clip"]
+    assert classes["GraftLoraStack"].RETURN_TYPES == ("MODEL", "LORA_STACK", "STRING", "STRING", "CLIP")
     for inputs in (loader, stack):
         for group in ("required", "optional"):
             for name, (_, *options) in inputs[group].items():
@@ -69,7 +90,8 @@ def test_inputs_are_the_promised_ones(classes):
 def test_the_stack_is_the_stock_loader_twice(sd3, loras, files, classes):  # noqa: F811
     graft, _ = sd3
     rows = {"lora_1": "style.safetensors", "strength_1": 0.8, "lora_3": "subject.safetensors", "strength_3": -0.5}
-    model, stack, report, words = classes["GraftLoraStack"]().apply(graft, **rows)["result"]
+    model, stack, report, words, clip = classes["GraftLoraStack"]().apply(graft, **rows)["result"]
+    assert clip is None
     want = with_lora(with_lora(graft, loras[0], 0.8), loras[1], -0.5)
     assert torch.equal(sample(model, SD3), sample(want, SD3))
     assert stack == [("style.safetensors", 0.8, 0.8), ("subject.safetensors", -0.5, -0.5)]
@@ -98,17 +120,122 @@ def test_a_stack_passes_through_other_stackers(sd3, loras, files, classes):  # n
     graft, _ = sd3
     node = classes["GraftLoraStack"]()
     incoming = [("style.safetensors", 0.8, 1.0)]
-    model, stack, _, _ = node.apply(graft, lora_stack=incoming, lora_1="subject.safetensors", strength_1=0.3)["result"]
+    model, stack, *_ = node.apply(graft, lora_stack=incoming, lora_1="subject.safetensors", strength_1=0.3)["result"]
     assert stack == [("style.safetensors", 0.8, 1.0), ("subject.safetensors", 0.3, 0.3)]
     want = with_lora(with_lora(graft, loras[0], 0.8), loras[1], 0.3)
     assert torch.equal(sample(model, SD3), sample(want, SD3))
+
+
+def test_both_outputs_of_a_stack_into_the_next_one(sd3, loras, files, classes):  # noqa: F811
+    """MODEL has the rows of LORA_STACK already; they are put on it once."""
+    apply, row = classes["GraftLoraStack"]().apply, {"lora_1": "style.safetensors", "strength_1": 0.5}
+    for model in sd3:
+        first, stack, *_ = apply(model, **row)["result"]
+        # a row of the second node's own is meant, even if it is the same
+        both, stack, report, *_ = apply(first, lora_stack=stack, **row)["result"]
+        assert stack == [("style.safetensors", 0.5, 0.5)] * 2
+        assert report.startswith("style.safetensors ×0.50: on this model already, not put on it again\nstyle.")
+        want = with_lora(with_lora(model, loras[0], 0.5), loras[0], 0.5)
+        assert torch.equal(sample(both, SD3), sample(want, SD3))
+        other, *_ = apply(model, lora_stack=stack)["result"]
+        assert torch.equal(sample(other, SD3), sample(want, SD3))
+
+
+def test_text_encoder_layers_go_to_the_clip(sd3, loras, folders, classes):  # noqa: F811
+    import comfy.sd
+    import comfy.sd1_clip
+
+    graft, _ = sd3
+
+    parts = {"clip": comfy.sd1_clip.SD1ClipModel, "tokenizer": comfy.sd1_clip.SD1Tokenizer, "params": {}}
+    clip = comfy.sd.CLIP(type("Target", (), parts))
+    key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
+    module = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    text = {f"{module}.lora_up.weight": torch.ones(3072, 2), f"{module}.lora_down.weight": torch.ones(2, 768)}
+    comfy.utils.save_torch_file(text, str(folders / "loras" / "words.safetensors"))
+    comfy.utils.save_torch_file(loras[0] | text, str(folders / "loras" / "both.safetensors"))
+    node = classes["GraftLoraStack"]()
+    with pytest.raises(Exception, match="for a text encoder only"):
+        node.apply(graft, lora_1="words.safetensors")
+    model, _, report, _, patched = node.apply(graft, clip, lora_1="words.safetensors", strength_1=0.5)["result"]
+    assert not model.residuals and report.startswith("words.safetensors: 1 layer of the text encoder")
+    assert [p[0] for p in patched.patcher.patches[f"{key}.weight"]] == [0.5] and not clip.patcher.patches
+    model, stack, report, _, patched = node.apply(graft, clip, lora_1="both.safetensors")["result"]
+    assert "1 of 1 text encoder layers on the CLIP" in report
+    assert torch.equal(sample(model, SD3), sample(with_lora(graft, loras[0], 1.0), SD3))
+    again = node.apply(model, patched, lora_stack=stack)["result"]
+    assert again[0] is model and again[4] is patched
+    assert "need a CLIP" in node.apply(graft, lora_1="both.safetensors")["result"][2]
+
+
+def test_values_that_come_through_links(sd3, files, classes):  # noqa: F811
+    """The host validates before it knows them, and gives None for each."""
+    import asyncio
+
+    import execution
+
+    rows = {"lora_1": "style.safetensors", "strength_1": ["name", 0], "lora_2": ["name", 0]}
+    prompt = {
+        "name": {"class_type": "LinkedValue", "inputs": {}},
+        "model": {"class_type": "GraftUNETLoader", "inputs": {"unet_name": ["name", 0]}},
+        "stack": {"class_type": "GraftLoraStack", "inputs": {"model": ["model", 0], **rows}},
+        "words": {"class_type": "GraftDemoPrompt", "inputs": {"text": ["name", 0]}},
+        "end": {"class_type": "GraftInspect", "inputs": {"model": ["stack", 0]}},
+        "shown": {"class_type": "LinkedValue", "inputs": {"any": ["words", 0]}},
+    }
+    result = execution.validate_prompt("x", prompt, None)
+    valid, error, _, node_errors = asyncio.run(result) if asyncio.iscoroutine(result) else result
+    assert valid and not node_errors, (error, node_errors)
+    stack, loader = classes["GraftLoraStack"], classes["GraftUNETLoader"]
+    known = stack.IS_CHANGED(lora_1="style.safetensors", strength_1=None, lora_2=None)
+    assert known == stack.IS_CHANGED(lora_1="style.safetensors", strength_1=1.0) and len(known) == 1
+    assert loader.IS_CHANGED(None) == loader.IS_CHANGED(None)
+
+
+def test_what_goes_into_pictures_names_no_folder(sd3, files, folders, classes):  # noqa: F811
+    """The host writes what IS_CHANGED gives into the prompt that it saves with a picture."""
+    shown = [classes["GraftUNETLoader"].IS_CHANGED("sd3-Q4_K.gguf")]
+    shown += classes["GraftLoraStack"].IS_CHANGED(lora_1="style.safetensors")
+    assert len(shown) == 2 and all(isinstance(s, str) and s for s in shown)
+    assert not any(part in s for s in shown for part in ("/", "\\", "style", "sd3"))
+
+
+@pytest.mark.parametrize("place", ["x_block.attn.proj", "x_block.mlp.fc1"])
+def test_pefts_magnitudes_on_a_model_of_another_loader(sd3, folders, classes, place):  # noqa: F811
+    """The host reads them as a column, and divides by the norm of the base."""
+    import comfy.lora
+
+    _, dense = sd3
+    name = f"diffusion_model.joint_blocks.0.{place}"
+    weight = dense.model.state_dict()[f"{name}.weight"].float()
+    g = torch.Generator().manual_seed(0)
+    up, down = (0.1 * torch.randn(*s, generator=g) for s in ((weight.shape[0], 4), (4, weight.shape[1])))
+    magnitude = weight.norm(dim=1) * 1.1
+    parts = {"lora_A": down, "lora_B": up, "lora_magnitude_vector": magnitude}
+    state = {f"{name}.{part}.default.weight": value for part, value in parts.items()}
+    comfy.utils.save_torch_file(state, str(folders / "loras" / "dora.safetensors"))
+    model = classes["GraftLoraStack"]().apply(dense, lora_1="dora.safetensors")["result"][0]
+    merged = comfy.lora.calculate_weight(model.patches[f"{name}.weight"], weight.clone(), name)
+    want = (weight + up @ down) * 1.1
+    assert (merged - want).norm() < 1e-5 * want.norm()
+
+
+def test_what_a_second_file_has_rejected_is_in_its_report(sd3, loras, folders, classes):  # noqa: F811
+    graft, _ = sd3
+    bad = dict(loras[0])
+    key = next(k for k in bad if k.endswith("lora_B.weight"))
+    bad[key] = bad[key][:-16]
+    for name in ("bad1", "bad2"):
+        comfy.utils.save_torch_file(bad, str(folders / "loras" / f"{name}.safetensors"))
+    report = classes["GraftLoraStack"]().apply(graft, lora_1="bad1.safetensors", lora_2="bad2.safetensors")["result"][2]
+    assert [line.count("; 1 left out, such as") for line in report.splitlines() if "×" in line] == [1, 1]
 
 
 def test_rows_that_are_off_do_nothing(sd3, files, classes):  # noqa: F811
     graft, _ = sd3
     node = classes["GraftLoraStack"]()
     off = {"lora_1": "style.safetensors", "enabled_1": False, "lora_2": "None", "lora_3": "subject.safetensors"}
-    model, _, report, _ = node.apply(graft, **off, strength_3=0.0)["result"]
+    model, _, report, *_ = node.apply(graft, **off, strength_3=0.0)["result"]
     assert report == "no LoRA is switched on"
     assert model is graft
 
@@ -120,8 +247,9 @@ def test_errors_say_what_to_do(sd3, files, classes):  # noqa: F811
         node.apply(graft, lora_1="for_flux.safetensors")
     with pytest.raises(Exception, match=r"Git LFS pointer.*pointer\.safetensors"):
         node.apply(graft, lora_1="pointer.safetensors")
-    assert "put it into models/loras" in node.VALIDATE_INPUTS(lora_2="gone.safetensors")
-    assert node.VALIDATE_INPUTS(lora_2="gone.safetensors", enabled_2=False) is True
+    with pytest.raises(Exception, match=r"not in models/loras: gone\.safetensors \(row 2\).*switch its row off"):
+        node.apply(graft, lora_1="style.safetensors", lora_2="gone.safetensors")
+    assert node.apply(graft, lora_2="gone.safetensors", enabled_2=False)["result"][0] is graft
     loader = classes["GraftUNETLoader"]
     assert "models/diffusion_models" in loader.VALIDATE_INPUTS("gone.gguf")
 
@@ -132,8 +260,9 @@ def test_inspect_says_which_way_each_layer_takes(sd3, loras, classes):  # noqa: 
     shown = inspect_node.inspect(with_lora(graft, loras[0], 0.8))
     (text,) = shown["ui"]["text"]
     layers = len({k for k in loras[0] if "lora_A" in k})
-    summary, way = text.splitlines()
+    summary, adapters, way = text.splitlines()
     assert summary == graft.graft.summary
+    assert adapters == f"lora, rank 8 ×0.80: {layers} layers"
     assert way.startswith(f"{layers} layers beside the packed weight: diffusion_model.joint_blocks.")
     assert shown["result"] == (text,)
     assert inspect_node.inspect(graft)["result"][0].endswith("no adapters")
@@ -147,7 +276,7 @@ def test_inspect_says_why_a_layer_takes_another_way(sd3, classes):  # noqa: F811
     up, down = torch.ones(shape[0], 4), torch.ones(4, shape[1])
     model = graft.clone()
     model.add_patches({(f"{key}.weight", None, torch.tanh): ("lora", (up, down, None, None, None, None))})
-    _, way = classes["GraftInspect"]().inspect(model)["result"][0].splitlines()
+    _, _, way = classes["GraftInspect"]().inspect(model)["result"][0].splitlines()
     why = "its difference passes through a function of the host"
     assert way == f"1 layer by the host's own merge on the decoded weight ({why}): {key}"
 
