@@ -1,6 +1,7 @@
 """Graft inside Stable Diffusion WebUI Forge; `scripts/graft_forge.py` is what Forge itself loads.
 
-    host.py      the only module that imports Forge: what Graft touches there, found by feature
+    app.py       the extension: Forge's callbacks, its settings, its jobs; with host.py all that imports Forge
+    host.py      what Graft touches of Forge's backend, found by feature
     layout.py    the two layouts in which Forge holds packed bytes
     patches.py   Forge's patch lists as adapters
     engine.py    the hooks, and the forward pass of a GGUF layer
