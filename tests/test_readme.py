@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md", "demo/README.md", "docs/benchmarks.md")
 
 
 def test_the_format_matrix_is_that_of_the_table():
@@ -23,8 +23,10 @@ def test_files_that_are_named_exist(name):
     """Links, and paths in backticks that begin in one of our folders."""
     text = (ROOT / name).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]
-    paths = re.findall(r"`((?:kernels|ops|nodes|scripts|tests|benchmarks|demo|example_workflows|web)/[\w./-]*)`", text)
-    assert [p for p in [*links, *paths] if not (ROOT / p).exists()] == []
+    folders = "kernels|ops|nodes|scripts|tests|benchmarks|demo|docs|example_workflows|web"
+    paths = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
+    missing = [link for link in links if not ((ROOT / name).parent / link).exists()]
+    assert missing + [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
