@@ -209,6 +209,15 @@ def test_the_tab_in_a_browser(server: Server, page: Any) -> None:
         page.fill("#graft_file input", file)
         page.get_by_role("option", name=file).click()
         page.locator("#graft_contents").get_by_text(told).wait_for()
+    first = next(server.folder.rglob("sliced.safetensors"))
+    twin = first.parent / "twins" / first.name
+    twin.parent.mkdir()
+    shutil.copy(next(server.folder.rglob("text.safetensors")), twin)
+    page.click("#graft_files")
+    page.fill("#graft_file input", f"twins/{first.name}")
+    page.get_by_role("option", name=f"twins/{first.name}").click()
+    page.locator("#graft_contents").get_by_text("unknown", exact=True).wait_for()
+    shutil.rmtree(twin.parent)
     screenshot = server.folder / "tab.png"
     page.locator("#tab_graft").screenshot(path=str(screenshot))
     assert screenshot.stat().st_size > 50_000

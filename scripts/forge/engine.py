@@ -145,7 +145,8 @@ class Engine:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._originals: list[tuple[Any, str, Any, Any]] = []
         self._added: list[Any] = []
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose layers Forge would have baked
+        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._backends: dict[tuple[torch.device, str], str] = {}
 
     # hooks
@@ -225,6 +226,7 @@ class Engine:
             return None
         state = LayerState(fmt, shape)
         layer.__dict__[STATE] = state
+        self._layers.add(layer)
         return state
 
     # LoRAs
@@ -377,12 +379,11 @@ class Engine:
 
     def release(self) -> None:
         """Between images, give the memory of a GPU back: what is on it came from LoRAs that Forge holds anyway."""
-        for model in self._models:
-            for layer in self.layers(model):
-                state = state_of(layer)
-                # weights may be back in main memory by now: where the layer ran last is where the factors are
-                if state is not None and state.seen and state.seen[1].type != "cpu":
-                    state.release()
+        for layer in list(self._layers):
+            state = state_of(layer)
+            # weights may be back in main memory by now: where the layer ran last is where the factors are
+            if state is not None and state.seen and state.seen[1].type != "cpu":
+                state.release()
 
     def _gather(
         self, layer: nn.Module, state: LayerState, data: torch.Tensor, bias: torch.Tensor | None,

@@ -52,7 +52,7 @@ def build(desk: Desk) -> gr.Blocks:
             compared = gr.HTML(pictures.panel(pictures.note(_EXPLANATION)), elem_id="graft_verified")
         with gr.Accordion("Look into a file", open=True, elem_id="graft_inspect"):
             with gr.Row():
-                chosen = gr.Dropdown(_names(desk), label="GGUF models and LoRAs in Forge's folders",
+                chosen = gr.Dropdown(list(_labelled(desk)), label="GGUF models and LoRAs in Forge's folders",
                                      elem_id="graft_file", scale=5)  # fmt: skip
                 again = gr.Button("Look for files again", elem_id="graft_files", scale=1)
             contents = gr.HTML(elem_id="graft_contents")
@@ -63,7 +63,7 @@ def build(desk: Desk) -> gr.Blocks:
         refresh.click(lambda: (_status(desk), _loaded(desk)), None, shown, show_progress=False)
         run.click(lambda: _verified(desk), None, compared)
         chosen.change(lambda name: _contents(desk, name), chosen, contents, show_progress=False)
-        again.click(lambda: gr.update(choices=_names(desk)), None, chosen, show_progress=False)
+        again.click(lambda: gr.update(choices=list(_labelled(desk))), None, chosen, show_progress=False)
     return blocks
 
 
@@ -206,12 +206,15 @@ def _bars(c: Comparison) -> list[tuple[str, float | None, str, str]]:
     ]
 
 
-def _names(desk: Desk) -> list[str]:
-    return [path.name for path in desk.files()]
+def _labelled(desk: Desk) -> dict[str, Path]:
+    """The files by their names, with their folder's in front where two are of the same name."""
+    files = desk.files()
+    count = Counter(path.name for path in files)
+    return {path.name if count[path.name] == 1 else f"{path.parent.name}/{path.name}": path for path in files}
 
 
-def _contents(desk: Desk, name: str | None) -> str:
-    path = next((p for p in desk.files() if p.name == name), None)
+def _contents(desk: Desk, label: str | None) -> str:
+    path = _labelled(desk).get(label or "")
     return "" if path is None else pictures.panel(pictures.facts(inspection.inspect(path)))
 
 
