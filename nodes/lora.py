@@ -60,14 +60,7 @@ def apply_lora(
     """
     state = comfy.lora_convert.convert_lora(dict(file.state))
     patches = _load(state, comfy.lora.model_lora_keys_unet(model.model, {}))
-    before, taken = {}, []
-    if isinstance(model, GraftPatcher):
-        before, model.rejected = model.rejected, {}
-    if strength:
-        taken = model.add_patches(patches, strength)
-    rejected = {}
-    if isinstance(model, GraftPatcher):
-        rejected, model.rejected = model.rejected, before | model.rejected
+    taken, rejected = _add(model, patches, strength) if strength else ([], {})
     report = FileReport.of(name, strength, state, patches, taken, rejected, type(model.model.model_config).__name__)
     report = replace(report, dialect=file.dialect, ways=_ways(model, taken))
     if clip is not None:
@@ -81,6 +74,16 @@ def apply_lora(
 
 def _load(state: dict[str, Any], key_map: dict[str, Any]) -> dict[Any, Any]:
     return comfy.lora.load_lora(state, key_map, log_missing=False)
+
+
+def _add(model: Any, patches: dict[Any, Any], strength: float) -> tuple[list, dict[str, str]]:
+    """The keys that `model` takes, and why it rejects others of these."""
+    if not isinstance(model, GraftPatcher):
+        return model.add_patches(patches, strength), {}
+    before, model.rejected = model.rejected, {}
+    taken = model.add_patches(patches, strength)
+    rejected, model.rejected = model.rejected, before | model.rejected
+    return taken, rejected
 
 
 def _ways(model: Any, taken: Collection[Any]) -> dict[str, int]:
@@ -246,8 +249,9 @@ def lora_path(name: str) -> str | None:
 
 
 def _stacked_rows(inputs: dict[str, Any]) -> list[Row]:
-    rows = [tuple(row) for row in inputs.get(STACK_INPUT) or ()]
-    return [Row(str(row[0]), *map(float, row[1:3]), STACK_INPUT) for row in rows if row[0] and row[0] != NONE]
+    """What came in; some packs leave the clip strength out, others keep empty rows."""
+    rows = [(*row, row[1])[:3] for row in inputs.get(STACK_INPUT) or () if row[0] and row[0] != NONE]
+    return [Row(name, float(strength), float(strength_clip), STACK_INPUT) for name, strength, strength_clip in rows]
 
 
 def _own_rows(inputs: dict[str, Any]) -> list[Row]:

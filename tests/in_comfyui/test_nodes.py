@@ -119,11 +119,12 @@ def test_parts_of_a_fused_layer_are_counted_as_the_file_has_them(sd3, folders, c
 def test_a_stack_passes_through_other_stackers(sd3, loras, files, classes):  # noqa: F811
     graft, _ = sd3
     node = classes["GraftLoraStack"]()
-    incoming = [("style.safetensors", 0.8, 1.0)]
+    incoming = [("style.safetensors", 0.8, 1.0), ("None", 1.0, 1.0)]
     model, stack, *_ = node.apply(graft, lora_stack=incoming, lora_1="subject.safetensors", strength_1=0.3)["result"]
     assert stack == [("style.safetensors", 0.8, 1.0), ("subject.safetensors", 0.3, 0.3)]
     want = with_lora(with_lora(graft, loras[0], 0.8), loras[1], 0.3)
     assert torch.equal(sample(model, SD3), sample(want, SD3))
+    assert node.apply(graft, lora_stack=[["style.safetensors", 0.8]])["result"][1] == [("style.safetensors", 0.8, 0.8)]
 
 
 def test_both_outputs_of_a_stack_into_the_next_one(sd3, loras, files, classes):  # noqa: F811
