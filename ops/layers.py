@@ -66,20 +66,23 @@ class PackedLayer(nn.Module):
             )
         else:
             self.load_weight(weight)
-        bias = state_dict.get(prefix + "bias")
-        if bias is not None and tuple(bias.shape) != tuple(self.logical_shape[:1]):
-            error_msgs.append(
-                f"size mismatch for {prefix}bias: the file has {tuple(bias.shape)}, "
-                f"the model {tuple(self.logical_shape[:1])}"
-            )
-        elif bias is not None:
-            plain = bias.dequantize(torch.float32) if isinstance(bias, PackedTensor) else bias
-            self.bias = nn.Parameter(plain, requires_grad=False)
-        elif getattr(self, "bias", None) is not None:
-            missing_keys.append(prefix + "bias")
-        known = {prefix + "weight", prefix + "bias"}
+        known = {prefix + "weight"}
+        # a bias for a layer that was declared without one is not the model's: hosts ignore it, too
+        if getattr(self, "bias", None) is not None:
+            known.add(prefix + "bias")
+            self._load_bias(state_dict.get(prefix + "bias"), prefix + "bias", missing_keys, error_msgs)
         if strict:
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+
+    def _load_bias(self, bias: torch.Tensor | None, key: str, missing_keys: list[str], error_msgs: list[str]) -> None:
+        rows = tuple(self.logical_shape[:1])
+        if bias is None:
+            missing_keys.append(key)
+        elif tuple(bias.shape) != rows:
+            error_msgs.append(f"size mismatch for {key}: the file has {tuple(bias.shape)}, the model {rows}")
+        else:
+            plain = bias.dequantize(torch.float32) if isinstance(bias, PackedTensor) else bias
+            self.bias = nn.Parameter(plain, requires_grad=False)
 
     def load_weight(self, weight: torch.Tensor) -> None:
         """Hold `weight`, a PackedTensor or a float tensor of the logical shape, without copying it."""

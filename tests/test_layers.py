@@ -319,6 +319,16 @@ def test_missing_and_unexpected_keys_are_reported():
         model.load_state_dict({"a.weight": weight})
 
 
+@every_layer
+def test_a_bias_that_the_layer_was_declared_without_is_unexpected(case):
+    layer, _ = loaded(case, by_name("Q4_K"), bias=False)
+    x = normal(*case[-1], seed=3)
+    want = layer(x)
+    got = layer.load_state_dict({"weight": layer.packed_weight(), "bias": normal(12)}, strict=False)
+    assert got.unexpected_keys == ["bias"] and not got.missing_keys
+    assert layer.bias is None and torch.equal(layer(x), want)
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "F16"])
 def test_size_mismatches_name_layer_and_shapes(name):
     model = nn.ModuleDict({"proj": layers.Linear(512, 12)})
