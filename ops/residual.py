@@ -137,7 +137,7 @@ class Term(nn.Module):
         for name, tensor in self.adapter.tensors(current).items():
             # matrices in the dtype of the matmul; a vector such as DoRA's c keeps its digits
             stored = _stored(tensor, dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
-            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+            self.register_parameter(name, nn.Parameter(_ordinary(stored), requires_grad=False))
 
     def slots(self, patches: Sequence[Patch]) -> list[float]:
         return [patches[0].strength]
@@ -200,6 +200,21 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None:
         dtype = torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
     return tensor.to(dtype)
+
+
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that autograd may save, even if a host has read the file in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    place = tensor.storage_offset(), tensor.shape, tensor.stride()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage(), *place)
+
+
+def _make_ordinary(member: nn.Module) -> None:
+    """The same for what a host has moved in inference mode."""
+    for name, parameter in member.named_parameters(recurse=False):
+        if parameter.is_inference():
+            member.register_parameter(name, nn.Parameter(_ordinary(parameter.data), requires_grad=False))
 
 
 def _concatenate(parts: Sequence[torch.Tensor], dim: int, dtype: torch.dtype | None) -> torch.Tensor:
@@ -572,10 +587,14 @@ class ResidualStack:
         self.patches.setdefault(key, []).append(patch)
         self._residuals, self._scales = None, {}
 
+    @torch.no_grad()
+    @torch.inference_mode(False)
     def build(
         self, layers: Mapping[str, PackedLayer], cache: FactorCache, dtype: torch.dtype | None = None
     ) -> nn.ModuleList:
         """Concatenate the factors, or find them in the cache.
+
+        Hosts call this in inference mode, and may want a gradient through the same factors later.
 
         Args:
             layers: by path, without ``.weight``.
@@ -608,9 +627,13 @@ class ResidualStack:
         """By layer; empty before `build`."""
         return self._residuals or {}
 
+    @torch.no_grad()
+    @torch.inference_mode(False)
     def running(self, layers: Mapping[str, PackedLayer], device: torch.device) -> dict[str, RunningResidual]:
         """By layer, what runs beside it on `device`; all strengths lie in one small buffer."""
         residuals = self.residuals
+        for member in (m for r in residuals.values() for m, _ in r.members):
+            _make_ordinary(member)
         if device not in self._scales:
             values = [value for r in residuals.values() for value in r.slots()]
             self._scales[device] = torch.tensor(values, dtype=self._scale_dtype()).to(device)

@@ -290,6 +290,43 @@ def test_a_convolution_without_a_batch(r: Sampler, kind: str) -> None:
     torch.testing.assert_close(run(layer, x[0], patches), run(layer, x, patches)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", sorted(samples.KINDS))
+@pytest.mark.parametrize("shape", [(48, 32), (16, 8, 3, 3)], ids=["linear", "conv"])
+def test_a_gradient_passes_through_factors_that_were_built_in_inference_mode(r: Sampler, kind: str, shape) -> None:
+    weight = r(*shape, scale=1.0)
+    layer, x = make_layer(shape, weight, r(shape[0])), make_input(shape, r)
+    with torch.inference_mode():
+        value = samples.KINDS[kind](r, shape)
+        bias = (Patch(0.5, Diff(r(shape[0]))),)
+        stack = stack_of(patch_of(value, shape, 0.7), bias=bias)
+        output(layer, x, stack)
+    got, want = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with stack.active({"layer": layer}, CPU):
+        y = layer(got)
+    toward = r(*y.shape)
+    y.backward(toward)
+    layer.compute_dense(want, samples.merged(weight, value, 0.7).clone()).backward(toward)
+    torch.testing.assert_close(got.grad, want.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_a_gradient_passes_through_factors_that_a_host_has_moved_in_inference_mode(r: Sampler) -> None:
+    layer = make_layer(SHAPE, r(*SHAPE, scale=1.0))
+    stack = stack_of(lora(r), patch_of(samples.lokr(r, SHAPE), SHAPE, 1.0))
+    factors = stack.build({"layer": layer}, FactorCache())
+    with torch.inference_mode():
+        for member in factors:
+            for name, p in list(member.named_parameters()):
+                # on a CPU a move to it would be none
+                member.register_parameter(name, torch.nn.Parameter(p.clone(), requires_grad=False))
+    x = make_input(SHAPE, r).requires_grad_()
+    with stack.active({"layer": layer}, CPU):
+        layer(x).sum().backward()
+    weight = layer.weight.data
+    for patch in stack.patches["layer.weight"]:
+        weight = patch.adapter.merged(weight, patch.strength)
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(x.shape), rtol=1e-10, atol=1e-10)
+
+
 def test_an_unknown_kind_without_a_host_is_an_error(r: Sampler) -> None:
     layer, x = make_layer(SHAPE, r(*SHAPE, scale=1.0)), make_input(SHAPE, r)
     with pytest.raises(AdapterError, match=r"layer.weight: adapter kind 'new' is unknown here, and there is no host"):
