@@ -299,7 +299,10 @@ def _linear_in_triton(
     source = _byte_rows(data, fmt, out.shape[1], x.shape[1])
     # the epilogue takes one term that spans the whole layer; slices are added behind it
     spans = low_rank is not None and len(low_rank.ups) == 1 and low_rank.ups[0][2].shape[0] == out.shape[1]
-    epilogue = (t, low_rank.ups[0][2].to(x.dtype)) if spans and low_rank is not None else None
+    epilogue = None
+    if t is not None and low_rank is not None and spans:
+        _, first, up = low_rank.ups[0]
+        epilogue = (t.narrow(1, first, up.shape[1]), up.to(x.dtype))
     getattr(triton, kernel)(x, source, fmt, out, bias, epilogue)
     if t is not None and low_rank is not None and not spans:
         _add_low_rank(out, t, low_rank, slice(0, out.shape[1]))

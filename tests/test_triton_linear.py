@@ -8,7 +8,7 @@ import itertools
 import oracle
 import pytest
 import torch
-from graft.kernels import codebooks, triton_
+from graft.kernels import LowRank, codebooks, linear, triton_
 from graft.kernels.formats import BY_NAME, Format
 from triton_testing import DEVICE, INTERPRETED, poisoned, watched
 
@@ -111,3 +111,18 @@ def test_low_rank_may_be_a_slice():
     triton_.matmul(x.to(DEVICE), data, fmt, out, None, (t.to(DEVICE)[:, 8:], up.to(DEVICE).T[:, 8:]))
     want = x.double() @ exact.T + t[:, 8:].double() @ up[8:].double()
     torch.testing.assert_close(out.cpu().double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["matvec", "matmul"])
+@pytest.mark.parametrize(("first", "rank"), [(0, 16), (16, 16), (8, 20), (0, 32)])
+def test_a_term_may_read_some_of_the_ranks(kernel, first, rank, monkeypatch):
+    """As one range of rows that spans the layer, and so rides in the kernel."""
+    monkeypatch.setattr(triton_, "choose", lambda *args: kernel)
+    fmt, n, k = BY_NAME["Q8_0"], 6, 64
+    data, exact = weights(fmt, n, k)
+    generator = torch.Generator().manual_seed(rank)
+    x, down, up = (torch.randn(*shape, generator=generator) for shape in ((2, k), (32, k), (n, rank)))
+    low_rank = LowRank(down.to(DEVICE), torch.full((32,), 0.5, device=DEVICE), ((0, first, up.to(DEVICE)),))
+    got = linear(x.to(DEVICE), data, fmt, None, low_rank, n, "triton")
+    t = 0.5 * x.double() @ down[first : first + rank].double().T
+    torch.testing.assert_close(got.cpu().double(), x.double() @ exact.T + t @ up.double().T, rtol=1e-5, atol=1e-3)
