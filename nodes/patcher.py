@@ -29,7 +29,7 @@ from ..ops.kinds import Padded
 from ..ops.layers import PackedLayer, packed_layers
 from ..ops.packed import PackedTensor
 from ..ops.report import examples
-from ..ops.residual import FactorCache, ResidualStack
+from ..ops.residual import FactorCache, ResidualStack, StackFactors
 from .ops import HostLayer, plain_key
 
 log = logging.getLogger(__name__)
@@ -173,19 +173,23 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         """The host loads these beside the model: the factors, so that it moves and counts their memory."""
         models = super().get_additional_models()
         stacks = [s for s in (self.residuals, *self.hook_residuals.values()) if s]
-        return models + [self._factors_of(stack) for stack in stacks]
+        return models + self._hosts_of([self.build_residuals(stack) for stack in stacks])
 
-    def build_residuals(self, stack: ResidualStack | None = None) -> torch.nn.ModuleList:
+    def build_residuals(self, stack: ResidualStack | None = None, keep: bool = True) -> StackFactors:
         """Concatenate the factors of `stack`, or of this branch, or find them where an earlier build left them."""
         stack = self.residuals if stack is None else stack
-        return stack.build(self.graft.layers, self.graft.factors, self.compute_dtype())
+        return stack.build(self.graft.layers, self.graft.factors, self.compute_dtype(), keep)
 
-    def _factors_of(self, stack: ResidualStack) -> comfy.model_patcher.ModelPatcher:
-        module = self.build_residuals(stack)
-        patcher = getattr(module, "patcher", None)
-        if patcher is None:
-            patcher = module.patcher = _factors_patcher(module, self.load_device, self.offload_device)
-        return patcher
+    def _hosts_of(self, built: Sequence[StackFactors]) -> list:
+        """The host's patchers for these factors, each of which is in one of them."""
+        for factors in built:
+            self.graft.factors.sets(factors)
+        # only now: the sets of one stack may have been divided by the next
+        found = dict.fromkeys(part for factors in built for part in self.graft.factors.sets(factors))
+        for part in found:
+            if part.host is None:
+                part.host = _factors_patcher(part.module, self.load_device, self.offload_device)
+        return [part.host for part in found]
 
     def compute_dtype(self) -> torch.dtype:
         """As this branch has it: on the model another branch's choice may still stand."""
@@ -205,8 +209,6 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
                     for patch in patches:
                         combined.add(key, replace(patch, strength=patch.strength * hook.strength))
             self.hooked[state] = combined
-            # prompts with hooks of their own take turns within a step
-            self.graft.factors.keep_at_least(len(self.hooked) + len(self.hook_residuals) + 2)
         return self.hooked[state]
 
     def restore_hook_patches(self) -> None:
@@ -222,9 +224,11 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         if not stack:
             yield
             return
-        factors = self.build_residuals(stack)
-        if stack is not self.residuals:
-            factors.to(device)  # the host has loaded those of each hook, but not what only their sum needs
+        if stack is self.residuals:
+            self.build_residuals()
+        else:
+            # the host has loaded those of each hook, but not what only their sum needs, until the sampling is over
+            self.build_residuals(stack, keep=False).to(device)
         with stack.active(self.graft.layers, device):
             yield
 

@@ -17,9 +17,9 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -503,10 +503,47 @@ def _runs(patches: Sequence[Patch]) -> Iterator[list[Patch]]:
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+class FactorSet:
+    """Factors that a host moves and counts as one model. Each factor that it knows of lies in one set.
+
+    Stacks have factors in common. One that needs some of a set and not all divides it, so that what only the others
+    need can leave by itself.
+
+    Attributes:
+        module: the factors; empty once the set is divided.
+        host: what the host moves them by; told to `detach` before the set is divided.
+    """
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        self.module = nn.ModuleList(members)
+        self.host: Any = None
+        self._parts: tuple[FactorSet, ...] = ()
+
+    def divide(self, wanted: Container[nn.Module]) -> tuple[FactorSet, FactorSet]:
+        """Make two of this one: those that are `wanted`, and the rest."""
+        if self.host is not None:
+            self.host.detach()
+        inside = FactorSet(member for member in self.module if member in wanted)
+        rest = FactorSet(member for member in self.module if member not in wanted)
+        self.module, self.host, self._parts = nn.ModuleList(), None, (inside, rest)
+        return inside, rest
+
+    def undivided(self) -> list[FactorSet]:
+        """This one, or all that it was divided into."""
+        return [s for part in self._parts for s in part.undivided()] if self._parts else [self]
+
+
+class StackFactors(nn.ModuleList):
+    """All factors of a stack, and the sets that they lie in once a host has asked for these (`FactorCache.sets`)."""
+
+    sets: list[FactorSet] | None = None
+
+
 class FactorCache:
     """The factors of each layer and its adapters: a new strength finds the ones that are there already, but for BOFT's.
 
-    The last few stacks are kept alive, since hosts drop a branch before they build the next one.
+    A stack keeps its own alive, and so do its copies. The last few are kept beyond that, since hosts drop a branch
+    before they build the next one.
 
     Attributes:
         row_norms: of base weights, for DoRA.
@@ -514,13 +551,11 @@ class FactorCache:
 
     def __init__(self, keep: int = 3) -> None:
         self._members: weakref.WeakValueDictionary[tuple, nn.Module] = weakref.WeakValueDictionary()
-        self._modules: dict[tuple, nn.ModuleList] = {}
+        self._stacks: weakref.WeakValueDictionary[tuple, StackFactors] = weakref.WeakValueDictionary()
+        self._sets: weakref.WeakSet[FactorSet] = weakref.WeakSet()
+        self._recent: dict[tuple, StackFactors] = {}
         self._keep = keep
         self.row_norms: dict[tuple[str, Region | None], torch.Tensor] = {}
-
-    def keep_at_least(self, count: int) -> None:
-        """Keep the last `count` stacks alive from now on: as many as take turns within a step."""
-        self._keep = max(self._keep, count)
 
     def factors(self, key: str, patches: Sequence[Patch], shape: torch.Size, dtype: torch.dtype | None) -> LayerFactors:
         identity = (key, shape, dtype, *((_identity(p.adapter), p.region) for p in patches))
@@ -538,14 +573,45 @@ class FactorCache:
             found = self._members[identity] = make()
         return found  # type: ignore[return-value]
 
-    def module(self, members: Sequence[nn.Module]) -> nn.ModuleList:
-        """One module around the factors of a stack, the same one for the same factors."""
+    def module(self, members: Sequence[nn.Module], keep: bool = True) -> StackFactors:
+        """One module around the factors of a stack, the same one for the same factors.
+
+        Args:
+            keep: whether it counts among the last few.
+        """
         identity = tuple(map(id, members))
-        module = self._modules.pop(identity, None) or nn.ModuleList(members)
-        self._modules[identity] = module
-        while len(self._modules) > self._keep:
-            self._modules.pop(next(iter(self._modules)))
+        module = self._stacks.get(identity)
+        if module is None:
+            module = self._stacks[identity] = StackFactors(members)
+        if keep:
+            self._recent.pop(identity, None)
+            self._recent[identity] = module
+            while len(self._recent) > self._keep:
+                self._recent.pop(next(iter(self._recent)))
         return module
+
+    def sets(self, factors: StackFactors) -> list[FactorSet]:
+        """The sets that hold these factors and no others."""
+        if factors.sets is None:
+            factors.sets = self._sets_of(factors)
+        return [s for part in factors.sets for s in part.undivided()]
+
+    def _sets_of(self, factors: StackFactors) -> list[FactorSet]:
+        found, left = [], dict.fromkeys(factors)
+        for known in list(self._sets):
+            shared = [member for member in known.module if member in left]
+            if not shared:
+                continue
+            if len(shared) < len(known.module):
+                known, rest = known.divide(left)
+                self._sets.update((known, rest))
+            found.append(known)
+            for member in shared:
+                del left[member]
+        if left:
+            found.append(FactorSet(left))
+            self._sets.add(found[-1])
+        return found
 
 
 def _identity(value: object) -> object:
@@ -573,6 +639,7 @@ class ResidualStack:
     _residuals: Mapping[str, LayerResidual] | None = None
     _scales: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     _dtype: torch.dtype | None = None
+    _factors: StackFactors | None = None  # as long as the stack, so is what the host counts them by
 
     def __bool__(self) -> bool:
         return bool(self.patches)
@@ -580,18 +647,19 @@ class ResidualStack:
     def copy(self) -> ResidualStack:
         """An independent stack with the same patches, built already if this one is."""
         patches = {k: list(v) for k, v in self.patches.items()}
-        return ResidualStack(patches, self.merge, self._residuals, self._scales, self._dtype)
+        return ResidualStack(patches, self.merge, self._residuals, self._scales, self._dtype, self._factors)
 
     def add(self, key: str, patch: Patch) -> None:
         """Put `patch` behind those that parameter `key` has."""
         self.patches.setdefault(key, []).append(patch)
-        self._residuals, self._scales = None, {}
+        self._residuals, self._factors, self._scales = None, None, {}
 
     @torch.no_grad()
     @torch.inference_mode(False)
     def build(
-        self, layers: Mapping[str, PackedLayer], cache: FactorCache, dtype: torch.dtype | None = None
-    ) -> nn.ModuleList:
+        self, layers: Mapping[str, PackedLayer], cache: FactorCache, dtype: torch.dtype | None = None,
+        keep: bool = True,
+    ) -> StackFactors:  # fmt: skip
         """Concatenate the factors, or find them in the cache.
 
         Hosts call this in inference mode, and may want a gradient through the same factors later.
@@ -599,6 +667,7 @@ class ResidualStack:
         Args:
             layers: by path, without ``.weight``.
             dtype: of the factors; None keeps the files' own.
+            keep: whether the cache is to keep them beyond this stack.
 
         Returns:
             a module with every factor in leaf modules, for a host that moves and counts memory.
@@ -610,7 +679,8 @@ class ResidualStack:
             for name, residual in planned.items():
                 residual.build(layers[name], cache, dtype)
             self._residuals = planned
-        return cache.module([member for r in planned.values() for member, _ in r.members])
+        self._factors = cache.module([member for r in planned.values() for member, _ in r.members], keep)
+        return self._factors
 
     def planned(self, layers: Mapping[str, PackedLayer]) -> Mapping[str, LayerResidual]:
         """What the patches of each layer amount to and which way it takes; needs no factors, and so no `build`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 
 import adapter_samples as samples
 import oracle
@@ -108,6 +109,61 @@ def test_a_dropped_stack_leaves_memory_after_a_few_others(r: Sampler) -> None:
     for _ in range(5):
         stack_of(lora(r)).build({"layer": layer}, cache)
     assert len(cache._members) <= 2
+
+
+class Host:
+    """What a host moves a set by."""
+
+    detached = False
+
+    def detach(self) -> None:
+        self.detached = True
+
+
+def two_stacks_with_a_part_in_common(r: Sampler, cache: FactorCache) -> tuple[ResidualStack, ResidualStack, dict]:
+    """The first on two layers, the second like it on one of them."""
+    named = {name: make_layer(SHAPE, r(*SHAPE, scale=1.0)) for name in ("a", "b")}
+    first = ResidualStack({f"{name}.weight": [lora(r)] for name in named})
+    second = first.copy()
+    second.add("b.weight", lora(r))
+    return first, second, named
+
+
+def test_each_factor_lies_in_one_set(r: Sampler) -> None:
+    cache = FactorCache(keep=0)
+    first, second, named = two_stacks_with_a_part_in_common(r, cache)
+    (whole,) = cache.sets(first.build(named, cache))
+    assert list(whole.module) == list(first.build(named, cache))
+    host = whole.host = Host()
+    common, own = cache.sets(second.build(named, cache))
+    assert host.detached and whole.host is None and common.host is None
+    assert list(common.module) + list(own.module) == list(second.build(named, cache))
+    again = cache.sets(first.build(named, cache))
+    assert [list(s.module) for s in again] == [[member] for member in first.build(named, cache)]
+    assert again[0] is common and own not in again
+
+
+def test_a_divided_set_leaves_memory_with_the_stacks_that_need_it(r: Sampler) -> None:
+    cache = FactorCache(keep=0)
+    first, second, named = two_stacks_with_a_part_in_common(r, cache)
+    for stack in (first, second):
+        cache.sets(stack.build(named, cache))
+    common, own = (weakref.ref(member) for member in first.build(named, cache))
+    del first, stack
+    assert own() is None and common() is not None
+    del second
+    assert common() is None
+
+
+def test_as_long_as_a_stack_its_sets_stay(r: Sampler) -> None:
+    layer, cache = make_layer(SHAPE, r(*SHAPE, scale=1.0)), FactorCache(keep=1)
+    stacks = [stack_of(lora(r)) for _ in range(4)]
+    sets = [weakref.ref(cache.sets(stack.build({"layer": layer}, cache))[0]) for stack in stacks]
+    assert all(s() for s in sets), "a host would no longer count what is still there"
+    copy = stacks[0].copy()
+    del stacks
+    assert [s() is not None for s in sets] == [True, False, False, True]
+    assert cache.sets(copy.build({"layer": layer}, cache)) == [sets[0]()]
 
 
 def test_hosts_see_leaf_modules_with_every_factor(r: Sampler) -> None:

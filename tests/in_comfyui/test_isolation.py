@@ -6,10 +6,13 @@ import gc
 import weakref
 
 import comfy.hooks
+import comfy.model_management
 import pytest
 import torch
 from architectures import write_model
+from comfy.lora import load_lora, model_lora_keys_unet
 from generation import distance, fingerprint, sample, with_lora
+from loras import make_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
 
@@ -45,11 +48,11 @@ def test_a_clone_keeps_its_loras_when_its_parent_gets_another(sd3, loras, alone)
     graft, _ = sd3
     parent = with_lora(graft, loras[0])
     child = parent.clone()
-    parent.add_patches({}, 1.0)
+    assert len(parent.add_patches(load_lora(loras[1], model_lora_keys_unet(graft.model, {})), 0.5)) > 0
     grandchild = with_lora(child, loras[1], 0.5)
     assert torch.equal(sample(child, SD3), alone["first"])
     assert torch.equal(sample(grandchild, SD3), alone["both"])
-    assert child.residuals is not parent.residuals
+    assert torch.equal(sample(parent, SD3), alone["both"])
 
 
 def test_a_strength_change_reloads_nothing(sd3, loras):  # noqa: F811
@@ -60,6 +63,40 @@ def test_a_strength_change_reloads_nothing(sd3, loras):  # noqa: F811
         assert branch.patches_uuid == graft.patches_uuid
         assert not branch.patches
     assert weak.get_additional_models()[0] is strong.get_additional_models()[0], "the factors were built anew"
+
+
+def _new_loras(dense, count, layers=SD3.lora_layers):
+    shapes = {key: value.shape for key, value in dense.model.state_dict().items()}
+    return [make_lora(dense.model, shapes, "native", layers, rank=8, seed=10 + n) for n in range(count)]
+
+
+def test_the_host_counts_the_factors_of_every_branch_that_is_there(sd3):  # noqa: F811
+    graft, dense = sd3
+    comfy.model_management.unload_all_models()
+    branches = [with_lora(graft, lora) for lora in _new_loras(dense, 6)]
+    for branch in branches:
+        sample(branch, SD3)
+    held = {p for b in branches for member in b.build_residuals() for p in member.parameters()}
+    counted = sum(loaded.model_memory() for loaded in comfy.model_management.current_loaded_models)
+    assert counted == graft.model_size() + sum(p.nbytes for p in held)
+
+
+def test_branches_that_share_factors_have_each_under_one_patcher(sd3, alone, loras):  # noqa: F811
+    graft, dense = sd3
+    first = with_lora(graft, loras[0])
+    assert torch.equal(sample(first, SD3), alone["first"])
+    (before,) = first.get_additional_models()
+    assert before.loaded_size() > 0
+    (part,) = _new_loras(dense, 1, SD3.lora_layers[:1])
+    both = with_lora(first, part)
+    sample(both, SD3)
+    assert before.loaded_size() == 0, "it still moves what others count, too"
+    members = [member for patcher in {*first.get_additional_models(), *both.get_additional_models()}
+               for member in patcher.model]  # fmt: skip
+    assert len(members) == len(set(members))
+    assert set(members) == {*first.build_residuals(), *both.build_residuals()}
+    assert set(first.get_additional_models()) & set(both.get_additional_models())
+    assert torch.equal(sample(first, SD3), alone["first"])
 
 
 def test_strengths_add_up_as_in_comfyui(sd3, loras):  # noqa: F811
@@ -73,8 +110,6 @@ def test_strengths_add_up_as_in_comfyui(sd3, loras):  # noqa: F811
 def test_a_strength_of_zero_is_the_base(sd3, loras, alone):  # noqa: F811
     graft, _ = sd3
     zero = graft.clone()
-    from comfy.lora import load_lora, model_lora_keys_unet
-
     zero.add_patches(load_lora(loras[0], model_lora_keys_unet(graft.model, {})), 0.0)
     assert torch.equal(sample(zero, SD3), alone["none"])
 
@@ -94,14 +129,29 @@ def test_scheduled_loras_of_hooks(sd3, loras):  # noqa: F811
     assert distance(results["graft"], results["dense"]) < 1e-4
 
 
-def _sample_hooked(model, hooks):
+def _sample_hooked(model, hooks, steps=1):
     import nodes
 
     positive, negative = SD3.conditioning(1), SD3.conditioning(2)
     if hooks is not None:
         positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
     latent = {"samples": torch.zeros(SD3.latent)}
-    return nodes.common_ksampler(model, 3, 1, 1.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+    return nodes.common_ksampler(model, 3, steps, 1.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+
+def test_keyframes_keep_no_loras_alive_that_were_dropped(sd3, loras):  # noqa: F811
+    graft, dense = sd3
+    hooks = comfy.hooks.create_hook_lora(loras[0], strength_model=1.0, strength_clip=0.0)
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    for n in range(10):
+        keyframes.add(comfy.hooks.HookKeyframe(strength=0.1 * n, start_percent=n / 10, guarantee_steps=1))
+    hooks.set_keyframes_on_hooks(keyframes)
+    branch = with_lora(graft, loras[1])
+    _sample_hooked(branch, hooks, steps=12)
+    dropped = []
+    for lora in _new_loras(dense, 8):
+        dropped += map(weakref.ref, with_lora(graft, lora).build_residuals())
+    assert 0 < sum(member() is not None for member in dropped) < len(dropped) / 2
 
 
 def test_bytes_are_never_written(sd3, loras):  # noqa: F811
