@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 from collections.abc import Mapping
@@ -35,6 +36,9 @@ REMEDY = "put it into models/diffusion_models, or choose another file"
 PROBED = ("patch_embedding", "img_in.proj", "dec_net.cond_embed")
 """Layers, all small, of whose weights the host reads more than they compute: the channels of Wan and HunyuanVideo
 models from its shape, the dtype of Z-Image's pixel decoder."""
+
+FOLLOWED = ("t_embedder.mlp.0", "x_embedder", "blocks.*.attn2.to_k")
+"""Layers of Hunyuan3D 2.1 to whose weights' dtype the host casts what goes in, and with it all that comes after."""
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -104,10 +108,14 @@ def load_diffusion_model(
 
 
 def _unpack_probed(model: torch.nn.Module) -> None:
-    """Hold the weights of `PROBED` layers decoded, in fp32, so that the host finds what it looks for."""
+    """Hold weights decoded so that the host finds what it looks for: `PROBED` in fp32, `FOLLOWED` as it computes."""
     for path, layer in packed_layers(model.diffusion_model).items():
-        if path in PROBED and layer.fmt is not None and layer.fmt.is_quantized:
+        if layer.fmt is None or not layer.fmt.is_quantized:
+            continue
+        if path in PROBED:
             layer.load_weight(layer.dequantized())
+        elif any(fnmatch.fnmatchcase(path, pattern) for pattern in FOLLOWED):
+            layer.load_weight(layer.dequantized(dtype=model.manual_cast_dtype or model.get_dtype()))
 
 
 def _warm(file: GGUFFile, patcher: Any, device: torch.device) -> None:

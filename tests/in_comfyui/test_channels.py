@@ -1,10 +1,13 @@
-"""Where ComfyUI reads a weight's shape to know how many channels a model takes."""
+"""Where ComfyUI reads the shape of a weight, to know how many channels a model takes, or its dtype."""
 
 from __future__ import annotations
 
+import math
+
 import architectures
+import comfy.ldm.hunyuan3dv2_1.hunyuandit
 import torch
-from architectures import ARCHITECTURES, write_model
+from architectures import ARCHITECTURES, META, Architecture, write_model
 from generation import dense_model, distance, fingerprint, forget, sample, with_lora
 
 FLUX = ARCHITECTURES["flux"]
@@ -59,4 +62,31 @@ def test_wan_counts_the_channels_of_a_packed_patch_embedding(pack, tmp_path, mon
     assert "Q8_0" in graft.graft.summary
     assert graft.graft.layers["diffusion_model.patch_embedding"].weight.shape == (256, 16, 1, 2, 2)
     assert distance(sample(graft, wan), sample(dense_model(pack, path), wan)) < 1e-5
+    forget()
+
+
+def _hunyuan3d() -> torch.nn.Module:
+    return comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain(
+        hidden_size=256, depth=2, guidance_cond_proj_dim=None, **META
+    )
+
+
+HUNYUAN3D = Architecture("hunyuan3d", _hunyuan3d, (1, 64, 16), (20, 1024), None, ("blocks.0", "blocks.1"))
+
+
+def test_hunyuan3d_casts_to_the_dtype_of_packed_layers(pack, tmp_path, monkeypatch):
+    """What goes into three of them, and the whole of the model after it."""
+
+    def packed_rows(name: str, shape: tuple[int, ...], block: int) -> tuple[int, int] | None:
+        return shape if len(shape) == 2 and math.prod(shape) >= 1 << 14 else None
+
+    monkeypatch.setattr(architectures, "_packed_rows", packed_rows)
+    path = write_model(HUNYUAN3D, "Q8_0", tmp_path / "hunyuan3d.gguf")
+    load = pack("nodes.loader").load_diffusion_model
+    graft, dense = load(str(path), compute_dtype="fp32"), dense_model(pack, path)
+    want = sample(dense, HUNYUAN3D, cfg=2.0)
+    assert distance(sample(graft, HUNYUAN3D, cfg=2.0), want) < 1e-5
+    layers = load(str(path), compute_dtype="bf16").graft.layers
+    assert layers["diffusion_model.t_embedder.mlp.0"].weight.dtype == torch.bfloat16
+    assert layers["diffusion_model.t_embedder.mlp.2"].weight.dtype == torch.uint8
     forget()
