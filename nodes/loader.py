@@ -95,7 +95,7 @@ def load_diffusion_model(
     if dtype is not None:
         # on a device that it thinks slow in this dtype the host would go back to fp32
         patcher.model.manual_cast_dtype = dtype
-    unpack_leftovers(patcher.model)
+    unpack_leftovers(patcher.model, _declared_dtype)
     _unpack_probed(patcher.model)
     patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice))
     for layer in patcher.model.graft.layers.values():
@@ -105,6 +105,11 @@ def load_diffusion_model(
     make_savable(patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype, backend))
     return adopt(patcher)
+
+
+def _declared_dtype(module: torch.nn.Module, name: str) -> torch.dtype:
+    """What the host built a parameter in, where it notes that: there the file's tensor has taken its place."""
+    return getattr(module, f"{name}_comfy_model_dtype", None) or torch.float32
 
 
 def _unpack_probed(model: torch.nn.Module) -> None:

@@ -283,13 +283,21 @@ def packed_layers(model: nn.Module, prefix: str = "") -> dict[str, PackedLayer]:
     return {prefix + name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
-def unpack_leftovers(model: nn.Module) -> None:
-    """Give every parameter outside of our layers its weights: a norm scale or an embedding that arrived packed."""
+def unpack_leftovers(
+    model: nn.Module, dtype_of: Callable[[nn.Module, str], torch.dtype] = lambda module, name: torch.float32
+) -> None:
+    """Give everything outside of our layers its weights: a norm scale or an embedding that arrived packed.
+
+    Args:
+        dtype_of: what the model holds this parameter or buffer of a module in.
+    """
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if isinstance(parameter, PackedTensor) or isinstance(getattr(parameter, "data", None), PackedTensor):
-                packed = parameter if isinstance(parameter, PackedTensor) else parameter.data  # type: ignore[union-attr]
-                module._parameters[name] = nn.Parameter(packed.dequantize(), requires_grad=False)
+        for name, held in [*module._parameters.items(), *module._buffers.items()]:
+            packed = held if isinstance(held, PackedTensor) else getattr(held, "data", None)
+            if isinstance(packed, PackedTensor):
+                plain = packed.dequantize(dtype_of(module, name))
+                is_parameter = name in module._parameters
+                setattr(module, name, nn.Parameter(plain, requires_grad=False) if is_parameter else plain)
 
 
 __all__ = [

@@ -346,6 +346,7 @@ def test_leftovers_become_numbers():
             super().__init__()
             self.norm = nn.LayerNorm(256)
             self.table = nn.Parameter(torch.zeros(2, 256))
+            self.register_buffer("positions", torch.zeros(256))
             self.layer = layers.Linear(256, 12, bias=False)
 
     model = Model()
@@ -353,13 +354,14 @@ def test_leftovers_become_numbers():
     table = PackedTensor(data[:2], by_name("Q4_K"), (2, 256))
     scale = PackedTensor(data[2:], by_name("Q4_K"), (256,))
     weight, _ = weight_for(model.layer, by_name("Q4_K"))
-    state = {"norm.weight": scale, "norm.bias": normal(256), "table": table, "layer.weight": weight}
+    state = {"norm.weight": scale, "norm.bias": normal(256), "table": table, "layer.weight": weight, "positions": scale}
     model.load_state_dict(state, assign=True)
-    layers.unpack_leftovers(model)
+    layers.unpack_leftovers(model, lambda module, name: torch.bfloat16 if name == "positions" else torch.float32)
     decoded = oracle.oracle(data, by_name("Q4_K"))
     for parameter, want in ((model.table, decoded[:2]), (model.norm.weight, decoded[2])):
         assert isinstance(parameter, nn.Parameter) and type(parameter.data) is torch.Tensor
-        assert torch.equal(parameter.float(), want.to(torch.bfloat16).float())
+        assert torch.equal(parameter, want)
+    assert type(model.positions) is torch.Tensor and torch.equal(model.positions, decoded[2].to(torch.bfloat16))
     assert model.layer.weight.dtype == torch.uint8
 
 

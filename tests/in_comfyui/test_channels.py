@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import architectures
 import comfy.ldm.hunyuan3dv2_1.hunyuandit
+import pytest
 import torch
 from architectures import ARCHITECTURES, META, Architecture, write_model
+from comfy.model_base import BaseModel
 from generation import dense_model, distance, fingerprint, forget, sample, with_lora
 
 FLUX = ARCHITECTURES["flux"]
@@ -89,4 +92,29 @@ def test_hunyuan3d_casts_to_the_dtype_of_packed_layers(pack, tmp_path, monkeypat
     layers = load(str(path), compute_dtype="bf16").graft.layers
     assert layers["diffusion_model.t_embedder.mlp.0"].weight.dtype == torch.bfloat16
     assert layers["diffusion_model.t_embedder.mlp.2"].weight.dtype == torch.uint8
+    forget()
+
+
+def test_a_table_that_takes_the_place_of_the_models_own_has_its_dtype(pack, tmp_path, monkeypatch):
+    """As the host loads with dynamic VRAM, which it has on no CPU."""
+    load = BaseModel.load_model_weights
+    if "assign" not in inspect.signature(load).parameters:
+        pytest.skip("this ComfyUI copies what it loads")
+    plain = architectures._packed_rows
+
+    def packed_rows(name: str, shape: tuple[int, ...], block: int) -> tuple[int, int] | None:
+        return (1024, 256) if name == "pos_embed" else plain(name, shape, block)
+
+    monkeypatch.setattr(architectures, "_packed_rows", packed_rows)
+    monkeypatch.setattr(
+        BaseModel, "load_model_weights", lambda *args, **kwargs: load(*args, **{**kwargs, "assign": True})
+    )
+    sd3 = ARCHITECTURES["sd3"]
+    path = write_model(sd3, "Q8_0", tmp_path / "sd3.gguf")
+    load_graft = pack("nodes.loader").load_diffusion_model
+    graft, dense = load_graft(str(path), compute_dtype="fp32"), dense_model(pack, path)
+    assert type(graft.model.diffusion_model.pos_embed) is torch.Tensor
+    assert distance(sample(graft, sd3), sample(dense, sd3)) < 1e-5
+    narrow = load_graft(str(path), compute_dtype="bf16").model.diffusion_model
+    assert narrow.pos_embed.dtype == torch.bfloat16
     forget()
