@@ -55,6 +55,8 @@ _MAX_DIMS = 8  # ggml stops at 4; converters for ComfyUI write 5
 _MAX_ALIGNMENT = 1 << 24
 _DEFAULT_ALIGNMENT = 32
 
+_PAGE_FILE_TOO_SMALL = 1455  # Windows's ERROR_COMMITMENT_LIMIT
+
 _AGAIN = "the download is incomplete or damaged, get it again"
 _REPR = reprlib.Repr()  # for names and values in messages: quoted, and cut when they are long
 _REPR.maxstring = _REPR.maxother = 120
@@ -349,6 +351,8 @@ def _map(path: Path) -> mmap.mmap:
             raise CorruptFile(f"the file is empty: download it again ({path})")
         with open(path, "rb") as file:
             if sys.platform == "win32":
+                # Windows promises memory for all of it, as it does for the .safetensors that hosts open. Read-only it
+                # would not, but then a node that writes to a weight would end the process, and pinning would fail
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             # without MAP_NORESERVE (named only by Python >= 3.13) Linux refuses a writable
             # private mapping that is larger than memory and swap
@@ -358,6 +362,9 @@ def _map(path: Path) -> mmap.mmap:
     except FileNotFoundError:
         raise CorruptFile(f"there is no such file: check its place and refresh the list of models ({path})") from None
     except (OSError, ValueError) as error:
+        if getattr(error, "winerror", None) == _PAGE_FILE_TOO_SMALL:
+            remedy = "let Windows manage its size, or make it larger"
+            raise CorruptFile(f"the page file is too small to open {status.st_size} bytes: {remedy} ({path})") from None
         reason = getattr(error, "strerror", None) or error
         raise CorruptFile(f"the file cannot be read, {reason}: check its permissions and the disk ({path})") from None
 

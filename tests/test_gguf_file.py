@@ -20,6 +20,7 @@ import torch
 from gguf import GGUFValueType
 from graft.kernels.errors import CorruptFile, GraftError, UnsupportedFormat
 from graft.kernels.formats import FORMATS
+from graft.ops import gguf_file
 from graft.ops.gguf_file import describe, diffusion_tensors, open_gguf
 from graft.tests.gguf_samples import write_gguf
 from hypothesis import HealthCheck, given, settings
@@ -477,6 +478,22 @@ def test_what_is_no_file_is_named(tmp_path):
     assert "this is a folder" in str(refusal(tmp_path))
     assert "there is no such file" in str(refusal(tmp_path / "nowhere.gguf"))
     assert "cannot be read" in str(refusal(tmp_path / "nul\0.gguf"))
+
+
+def test_a_page_file_that_is_too_small_is_named(tmp_path, monkeypatch):
+    """Stands for Windows, which maps copies of pages only as far as it has memory for all of them."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(SEED)
+
+    def refuse(*args, **kwargs):
+        error = OSError(22, "The paging file is too small for this operation to complete")
+        error.winerror = 1455
+        raise error
+
+    monkeypatch.setattr(gguf_file.sys, "platform", "win32")
+    assert open_gguf(path).tensors["a"].shape == (2, 64, 2)
+    monkeypatch.setattr(gguf_file.mmap, "mmap", refuse)
+    assert f"the page file is too small to open {len(SEED)} bytes: let Windows manage" in str(refusal(path))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
