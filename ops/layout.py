@@ -129,7 +129,7 @@ class Layout:
         """``[..., c · d] -> [..., c, d]``, or ``[B, c · d, *space] -> [B · c, d, *space]``, for `own` and `mix`."""
         if not self.kernel:
             return x.unflatten(-1, (groups, -1))
-        return x.reshape(x.shape[0] * groups, -1, *x.shape[2:])
+        return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
     def across(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """``[n, c]`` over the groups of a `grouped` x: ``[..., c, b] -> [..., n, b]``, or the same with space."""
@@ -137,14 +137,14 @@ class Layout:
         if not self.kernel:
             return torch.matmul(matrix.to(x), x)
         rest = x.shape[1:]
-        mixed = torch.matmul(matrix.to(x), x.reshape(-1, groups, rest.numel()))
-        return mixed.reshape(-1, *rest)
+        mixed = torch.matmul(matrix.to(x), x.reshape(x.shape[0] // groups, groups, rest.numel()))
+        return mixed.reshape(mixed.shape[0] * mixed.shape[1], *rest)
 
     def joined(self, x: torch.Tensor, groups: int) -> torch.Tensor:
         """The reverse of `grouped`."""
         if not self.kernel:
             return x.flatten(-2)
-        return x.reshape(-1, groups * x.shape[1], *x.shape[2:])
+        return x.reshape(x.shape[0] // groups, groups * x.shape[1], *x.shape[2:])
 
 
 def _is_rows(y: torch.Tensor) -> bool:

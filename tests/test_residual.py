@@ -348,6 +348,13 @@ def test_a_convolution_without_a_batch(r: Sampler, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(samples.KINDS))
 @pytest.mark.parametrize("shape", [(48, 32), (16, 8, 3, 3)], ids=["linear", "conv"])
+def test_an_empty_batch_stays_empty(r: Sampler, kind: str, shape) -> None:
+    layer, x = make_layer(shape, r(*shape, scale=1.0), r(shape[0])), make_input(shape, r)[:0]
+    assert run(layer, x, [patch_of(samples.KINDS[kind](r, shape), shape, 0.7)]).shape == layer(x).shape
+
+
+@pytest.mark.parametrize("kind", sorted(samples.KINDS))
+@pytest.mark.parametrize("shape", [(48, 32), (16, 8, 3, 3)], ids=["linear", "conv"])
 def test_a_gradient_passes_through_factors_that_were_built_in_inference_mode(r: Sampler, kind: str, shape) -> None:
     weight = r(*shape, scale=1.0)
     layer, x = make_layer(shape, weight, r(shape[0])), make_input(shape, r)
