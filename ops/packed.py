@@ -75,6 +75,10 @@ class PackedTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict) -> PackedTensor:
         return self.with_packed(self.packed.clone())
 
+    def storage(self) -> Any:
+        """What safetensors asks for at last, before it saves."""
+        raise TypeError("packed weights have no storage of floats that could be saved: dequantize() them first")
+
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError(_READ_ONLY)
 

@@ -15,6 +15,7 @@ from graft.ops.gguf_file import open_gguf
 from graft.ops.layers import unpack_leftovers
 from graft.ops.packed import PackedTensor, as_weight
 from graft.tests.gguf_samples import write_gguf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 ROWS, COLUMNS = 6, 512
@@ -311,6 +312,14 @@ def test_as_a_parameter_it_stays_packed(modes):
     assert isinstance(parameter, nn.Parameter)
     check(parameter, weights)
     check(parameter.detach(), weights)
+
+
+def test_safetensors_says_what_to_do(tmp_path):
+    tensor, weights = packed()
+    with pytest.raises(TypeError, match=r"dequantize\(\) them first"):
+        save_file({"a": tensor}, tmp_path / "a.safetensors")
+    save_file({"a": tensor.dequantize(torch.float32)}, tmp_path / "a.safetensors")
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], weights)
 
 
 def test_copies_are_independent():
