@@ -22,7 +22,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..kernels import AdapterError, GraftError
+from ..kernels import AdapterError, GraftError, scratch
 from ..ops import kinds
 from ..ops.adapters import Adapter, Patch, Region, from_host, is_the_hosts_own
 from ..ops.kinds import Padded
@@ -59,6 +59,8 @@ class Graft:
         self.summary = summary
         self.loaded: Callable[[], GraftPatcher | None] = lambda: None
         self.take_layers()
+        # what weights were decoded into goes with the model; another one takes memory anew in its next step
+        weakref.finalize(self, scratch.release)
 
     def take_layers(self) -> None:
         """Tell every layer whose it is; a copy of the model still names the original's owner."""
@@ -85,6 +87,7 @@ class Graft:
 
     def return_to_file(self) -> None:
         """Let go of copies, on a device or in memory, and show the memory map again: nothing is copied back."""
+        scratch.release()
         for name, source in self.sources.items():
             layer = self.layers[name]
             if layer.weight.data_ptr() != source.data_ptr():

@@ -163,6 +163,21 @@ def test_bytes_are_never_written(sd3, loras):  # noqa: F811
     assert fingerprint(graft) == before
 
 
+def test_the_memory_that_weights_are_decoded_into_goes_with_the_model(pack, folders):
+    scratch = pack("kernels.scratch")._local
+    path = write_model(SD3, "Q8_0", folders / "unet_gguf" / "scratch.gguf")
+    model = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+    wanted = sample(model, SD3)
+    assert scratch.buffers
+    comfy.model_management.unload_all_models()
+    assert not hasattr(scratch, "buffers")
+    assert torch.equal(sample(model, SD3), wanted) and scratch.buffers
+    del model
+    gc.collect()
+    assert not hasattr(scratch, "buffers")
+    path.unlink()
+
+
 def test_a_model_that_nobody_needs_goes_at_once(pack, folders):
     """Without waiting for the garbage collector: the host frees memory for the next model by this."""
     path = write_model(SD3, "Q8_0", folders / "unet_gguf" / "gone.gguf")
