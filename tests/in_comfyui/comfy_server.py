@@ -10,10 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-import aiohttp
-
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMFYUI = Path(os.environ["COMFYUI_PATH"])
 
 # conditioning and latent without a text encoder: what the in-process tests use
 TEST_NODES = """
@@ -42,9 +39,12 @@ NODE_CLASS_MAPPINGS = {{"TestConditioning": TestConditioning}}
 
 
 class Server:
-    """Started by the constructor, which returns when the server listens; ended by `stop`."""
+    """Started by the constructor, which returns when the server listens; ended by `stop`.
 
-    def __init__(self, base: Path) -> None:
+    Without `python` and `folder` it is the ComfyUI that the tests run in.
+    """
+
+    def __init__(self, base: Path, python: Path | str = sys.executable, folder: Path | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -53,12 +53,13 @@ class Server:
         code = TEST_NODES.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent))
         (base / "custom_nodes" / "test_nodes.py").write_text(code)
         command = [
-            sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
+            str(python), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
             "--database-url", "sqlite:///:memory:", "--disable-auto-launch",
         ]  # fmt: skip
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")} | {"PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            command, cwd=COMFYUI, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            command, cwd=folder or os.environ["COMFYUI_PATH"], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.log: list[str] = []
         self.output = base / "output"
@@ -80,6 +81,8 @@ class Server:
         return asyncio.run(self._get(path))
 
     async def _get(self, path: str) -> dict:
+        import aiohttp  # ComfyUI brings it; whoever only opens the page does without
+
         async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{self.port}{path}") as answer:
             return await answer.json()
 
@@ -91,6 +94,8 @@ class Server:
         return asyncio.run(asyncio.wait_for(self._run(workflow, drawn), 240))
 
     async def _run(self, workflow: dict, drawn: dict | None) -> dict:
+        import aiohttp
+
         address = f"127.0.0.1:{self.port}"
         async with aiohttp.ClientSession() as session, session.ws_connect(f"ws://{address}/ws?clientId=test") as events:
             extra = {} if drawn is None else {"extra_pnginfo": {"workflow": drawn}}
