@@ -180,6 +180,18 @@ def test_the_text_is_on_the_node_whole(page: Page) -> None:
         )  # fmt: skip
 
 
+def test_a_long_text_scrolls(page: Page) -> None:
+    page.load(demo(inspect=True))
+    lines = "\n".join(f"line {i}" for i in range(60))
+    page.see("([kind, text]) => seen.nodes(kind)[0].onExecuted({ text: [text] })", INSPECT, lines)
+    areas = "[...document.querySelectorAll('textarea')]"
+    page.wait(
+        f"([text]) => {areas}.some((area) => area.value === text && area.clientHeight > 100"
+        " && area.scrollHeight > 2 * area.clientHeight)", lines,
+    )  # fmt: skip
+    assert page.see("([kind]) => seen.nodes(kind)[0].size[1]", INSPECT) < 400
+
+
 def test_the_text_outlives_undo(page: Page) -> None:
     page.load(demo("neon"))
     page.run()
