@@ -24,14 +24,14 @@ function chain(prototype, name, added) {
   };
 }
 
-// ---- the text
-
 /** What each node said last, by graph and node: undo and a change of tab make every node anew. */
 const said = new Map();
 
 const keyOf = (node) => `${node.graph?.id}:${node.id}`;
 
 const textWidget = (node) => node.widgets?.find((widget) => widget.name === TEXT);
+
+const textOf = (output) => [output?.text ?? []].flat().join("\n");
 
 function show(node, text) {
   const widget = textWidget(node) ?? addTextWidget(node);
@@ -80,8 +80,6 @@ function linesOf(element, text, width) {
   return Math.ceil(height(text) / 16);
 }
 
-// ---- the text of nodes that did not run, because the server had their results
-
 /** The node with an id of the server's, such as "5" or "5:3" in a subgraph. */
 function nodeOf(id) {
   let graph = app.graph;
@@ -102,7 +100,7 @@ function same(a, b, id) {
   return links.every(([from]) => same(a, b, from));
 }
 
-/** Show what the nodes of a prompt said when they ran. */
+/** Show what those nodes of a prompt said when they ran whose results the server had, so that they did not run now. */
 async function recall({ prompt_id, nodes }) {
   const silent = nodes.filter((id) => {
     const node = nodeOf(id);
@@ -113,9 +111,9 @@ async function recall({ prompt_id, nodes }) {
   const runs = Object.values(await answer.json()).reverse();
   const prompt = runs.find((run) => run.prompt[1] === prompt_id)?.prompt[2];
   for (const id of silent) {
-    const run = runs.find((run) => run.outputs?.[id]?.text && same(prompt, run.prompt[2], id));
+    const run = runs.find((run) => textOf(run.outputs?.[id]) && same(prompt, run.prompt[2], id));
     const node = nodeOf(id);
-    if (run && node) show(node, run.outputs[id].text.join("\n"));
+    if (run && node) show(node, textOf(run.outputs[id]));
   }
 }
 
@@ -128,8 +126,6 @@ function listen() {
     cached = undefined;
   });
 }
-
-// ---- the rows of the LoRA Stack
 
 /** Hide rows behind the first empty one after all in use. They stay where they are in the node's list of widgets. */
 function foldRows(node) {
@@ -165,13 +161,13 @@ function hideIf(widget, isHidden, last) {
   if ("_state" in widget) property(widget.options, "hidden", isHidden);
 }
 
-/** A property that is `value()` unless someone has set it to something. */
+/** A property that is `value()`, or else what someone has set it to. */
 function property(object, name, value) {
   let own = object[name];
   Object.defineProperty(object, name, {
     configurable: true,
     enumerable: true,
-    get: () => own || value(),
+    get: () => value() || own,
     set: (given) => (own = given),
   });
 }
@@ -187,7 +183,7 @@ app.registerExtension({
     }
     if (REPORTING.includes(nodeData.name)) {
       chain(nodeType.prototype, "onExecuted", function (output) {
-        if (output?.text) show(this, [output.text].flat().join("\n"));
+        if (textOf(output)) show(this, textOf(output));
       });
     }
   },
