@@ -41,12 +41,13 @@ window.seen = {
     const whole = names.length === 3 * rows + Boolean(seen.text(kind));
     return whole && (!LiteGraph.vueNodesMode || drawn.length === names.length) ? rows : -1;
   },
-  run: () => new Promise((done, failed) => {
-    app.api.addEventListener("execution_error", ({ detail }) => failed(new Error(detail.exception_message)));
-    app.api.addEventListener("execution_success", done, { once: true });
+  run: () => {
+    seen.ended = undefined;
     app.queuePrompt(0);
-  }),
+  },
 };
+app.api.addEventListener("execution_success", () => (seen.ended = "success"));
+app.api.addEventListener("execution_error", ({ detail }) => (seen.ended = detail.exception_message));
 """
 
 
@@ -71,6 +72,7 @@ class Page:
             self.page.request.post(f"{address}/settings/Comfy.{key}", data=json.dumps(value))
         self.page.goto(address)
         self.wait("Boolean(window.app?.vueAppReady && app.graph && LiteGraph.registered_node_types.GraftInspect)")
+        self.wait("Boolean(app.api.clientId && app.api.socket?.readyState === WebSocket.OPEN)")  # or events are lost
         self.page.evaluate(HELPERS)
 
     def wait(self, condition: str, *given: Any) -> None:
@@ -85,6 +87,8 @@ class Page:
 
     def run(self) -> None:
         self.see("() => seen.run()")
+        self.wait("() => seen.ended")
+        assert self.see("() => seen.ended") == "success"
 
     def wait_for_texts(self) -> dict[str, str]:
         """What the nodes with a text say, when all do."""
