@@ -65,12 +65,11 @@ class GraftInspect:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {"model": ("MODEL", {"tooltip": "A model from the Graft loader, with or without LoRAs."})},
-            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
-    def inspect(self, model: Any, unique_id: str | None = None) -> dict:
+    def inspect(self, model: Any) -> dict:
         if isinstance(model, GraftPatcher):
             text = report(model)
         else:
             text = f"a {type(model).__name__} of another loader: Graft adds nothing to it"
-        return node.result((text,), text, unique_id)
+        return node.result((text,), text)

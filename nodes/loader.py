@@ -161,6 +161,7 @@ class GraftUNETLoader:
     RETURN_TYPES = ("MODEL",)
     OUTPUT_TOOLTIPS = ("The model; every LoRA and sampling node takes it.",)
     FUNCTION = "load"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
@@ -181,7 +182,6 @@ class GraftUNETLoader:
                     {"default": "auto", "tooltip": "What decodes the weights: auto takes the first that can."},
                 ),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -194,12 +194,10 @@ class GraftUNETLoader:
             return f"{unet_name} is not there: {REMEDY}"
         return True
 
-    def load(
-        self, unet_name: str, compute_dtype: str = "auto", backend: str = "auto", unique_id: str | None = None
-    ) -> dict:
+    def load(self, unet_name: str, compute_dtype: str = "auto", backend: str = "auto") -> dict:
         path = model_path(unet_name)
         if path is None:
             raise CorruptFile(f"{unet_name} is not there: {REMEDY}")
         patcher = load_diffusion_model(path, compute_dtype, backend)
         log.info("%s: %s", os.path.basename(path), patcher.graft.summary)
-        return node.result((patcher,), patcher.graft.summary, unique_id)
+        return node.result((patcher,), patcher.graft.summary)

@@ -174,6 +174,7 @@ class GraftLoraStack:
         "The CLIP that came in, with the text encoder layers of these LoRAs.",
     )
     FUNCTION = "apply"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     def __init__(self) -> None:
         self._files = LoraFiles()
@@ -199,7 +200,6 @@ class GraftLoraStack:
         return {
             "required": {"model": ("MODEL", {"tooltip": "A Graft model, or any other."})},
             "optional": optional,
-            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -211,7 +211,7 @@ class GraftLoraStack:
         """All that the host would check; a missing file `apply` names once, the host would for every input."""
         return True
 
-    def apply(self, model: Any, clip: Any = None, unique_id: str | None = None, **inputs: Any) -> dict:
+    def apply(self, model: Any, clip: Any = None, **inputs: Any) -> dict:
         rows = [*_stacked_rows(inputs), *_own_rows(inputs)]
         paths = _paths(rows)
         reports: list[str] = []
@@ -233,8 +233,7 @@ class GraftLoraStack:
         text = "\n".join(reports) or "no LoRA is switched on"
         log.info("%s", text)
         stack = [(row.name, row.strength, row.strength_clip) for row in rows]
-        outputs = (on_model.value, stack, text, ", ".join(dict.fromkeys(words)), on_clip.value)
-        return node.result(outputs, text, unique_id)
+        return node.result((on_model.value, stack, text, ", ".join(dict.fromkeys(words)), on_clip.value), text)
 
 
 def lora_files() -> list[str]:

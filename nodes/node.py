@@ -13,24 +13,12 @@ UNKNOWN = ""
 """Stands for the state of a file whose name comes through a link: hosts tell it only to the node itself."""
 
 WEB = Path(__file__).resolve().parent.parent / "web"
-"""What the front end is served: help pages by node id."""
+"""What the front end is served: its part of the nodes, and help pages by node id."""
 
 
-def result(outputs: tuple, text: str, unique_id: str | None = None) -> dict[str, Any]:
-    """A node's outputs, with `text` shown on the node (where the host can) and kept in its history."""
-    show(text, unique_id)
+def result(outputs: tuple, text: str) -> dict[str, Any]:
+    """A node's outputs, and a text that the front end shows on the node (`web/graft.js`) and the history keeps."""
     return {"ui": {"text": (text,)}, "result": outputs}
-
-
-def show(text: str, unique_id: str | None) -> None:
-    """Show `text` on the node while it runs; hosts without a server, or too old for it, show nothing."""
-    try:
-        from server import PromptServer
-    except ImportError:
-        return
-    server = getattr(PromptServer, "instance", None)
-    if unique_id and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, unique_id)
 
 
 def file_state(path: str | None) -> str | float:
