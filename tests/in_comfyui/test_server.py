@@ -59,7 +59,7 @@ def test_the_nodes_are_there(server):
     info = server.get("/object_info")
     assert info["GraftUNETLoader"]["display_name"] == "Load Diffusion Model (GGUF, Graft)"
     assert "sd3.gguf" in info["GraftUNETLoader"]["input"]["required"]["unet_name"][0]
-    assert info["GraftLoraStack"]["output"] == ["MODEL", "LORA_STACK", "STRING", "STRING"]
+    assert info["GraftLoraStack"]["output"] == ["MODEL", "LORA_STACK", "STRING", "STRING", "CLIP"]
 
 
 def test_the_server_samples_what_the_functions_sample(server, sd3, loras):  # noqa: F811
