@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..ops.adapters import Patch
-from ..ops.report import examples, way_of
+from ..ops.report import examples, layers, way_of
 from . import node
 from .lora import rows_on
 from .patcher import GraftPatcher
@@ -18,13 +18,13 @@ def report(model: GraftPatcher) -> str:
         return "\n".join([*lines, "no adapters"])
     files = [f"{name} ×{strength:.2f}" for name, strength in rows_on(model)]
     lines += [f"from LoRA Stack: {', '.join(files)}"] if files else []
-    lines += [f"{what}: {count} {'layer' if count == 1 else 'layers'}" for what, count in adapters(model).items()]
+    lines += [f"{what}: {layers(count)}" for what, count in adapters(model).items()]
     planned = model.residuals.planned(model.graft.layers)
     ways: dict[str, list[str]] = {}
     for name, residual in planned.items():
         ways.setdefault(way_of(residual.path, residual.reason), []).append(name)
     for way, names in sorted(ways.items(), key=lambda item: -len(item[1])):
-        lines.append(f"{len(names)} {'layer' if len(names) == 1 else 'layers'} {way}: {examples(names)}")
+        lines.append(f"{layers(len(names))} {way}: {examples(names)}")
     others = len(model.patches)
     if others:
         lines.append(f"{others} parameters outside of packed layers patched by ComfyUI")
@@ -35,11 +35,11 @@ def report(model: GraftPatcher) -> str:
 
 def adapters(model: GraftPatcher) -> dict[str, int]:
     """How many layers have an adapter of a kind, rank and strength, in the order in which they were added."""
-    layers: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for key, patches in model.residuals.patches.items():
         for patch in patches:
-            layers.setdefault(_described(patch), set()).add(key.rpartition(".")[0])
-    return {what: len(names) for what, names in layers.items()}
+            found.setdefault(_described(patch), set()).add(key.rpartition(".")[0])
+    return {what: len(names) for what, names in found.items()}
 
 
 def _described(patch: Patch) -> str:

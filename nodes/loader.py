@@ -54,14 +54,13 @@ def register_folder() -> None:
 
 
 def model_files() -> list[str]:
-    """What the loader lists: people's own files, then the demo's."""
-    demo = folder_paths.get_filename_list(DEMO_FOLDER) if DEMO_FOLDER in folder_paths.folder_names_and_paths else []
-    return list(dict.fromkeys([*folder_paths.get_filename_list(FOLDER), *demo]))
+    """What the loader lists."""
+    return node.files(FOLDER, DEMO_FOLDER)
 
 
 def model_path(name: str) -> str | None:
     """Where a listed file lies, or None if it is gone."""
-    return folder_paths.get_full_path(FOLDER, name) or folder_paths.get_full_path(DEMO_FOLDER, name)
+    return node.file_path(name, FOLDER, DEMO_FOLDER)
 
 
 def load_diffusion_model(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.lora_convert
-import folder_paths
 
 from ..kernels import AdapterError
 from ..ops.lora_file import AdapterFile, load_adapters
@@ -237,14 +236,13 @@ class GraftLoraStack:
 
 
 def lora_files() -> list[str]:
-    """What the rows list: people's own files, then the demo's."""
-    demo = folder_paths.get_filename_list(DEMO_LORAS) if DEMO_LORAS in folder_paths.folder_names_and_paths else []
-    return list(dict.fromkeys([*folder_paths.get_filename_list("loras"), *demo]))
+    """What the rows list."""
+    return node.files("loras", DEMO_LORAS)
 
 
 def lora_path(name: str) -> str | None:
     """Where a listed file lies, or None if it is gone."""
-    return folder_paths.get_full_path("loras", name) or folder_paths.get_full_path(DEMO_LORAS, name)
+    return node.file_path(name, "loras", DEMO_LORAS)
 
 
 def _stacked_rows(inputs: dict[str, Any]) -> list[Row]:

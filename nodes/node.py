@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import folder_paths
+
 CATEGORY = "Graft"
 
 UNKNOWN = ""
@@ -19,6 +21,17 @@ WEB = Path(__file__).resolve().parent.parent / "web"
 def result(outputs: tuple, text: str) -> dict[str, Any]:
     """A node's outputs, and a text that the front end shows on the node (`web/graft.js`) and the history keeps."""
     return {"ui": {"text": (text,)}, "result": outputs}
+
+
+def files(folder: str, demo: str) -> list[str]:
+    """What a list shows: people's own files, then the demo's, each under its key of the host's."""
+    shipped = folder_paths.get_filename_list(demo) if demo in folder_paths.folder_names_and_paths else []
+    return list(dict.fromkeys([*folder_paths.get_filename_list(folder), *shipped]))
+
+
+def file_path(name: str, folder: str, demo: str) -> str | None:
+    """Where a listed file lies, or None if it is gone."""
+    return folder_paths.get_full_path(folder, name) or folder_paths.get_full_path(demo, name)
 
 
 def file_state(path: str | None) -> str | float:

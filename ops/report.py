@@ -163,7 +163,7 @@ class FileReport:
     def line(self) -> str:
         """``style.safetensors ×0.80: 304/304 layers, rank 16``; a reason where nothing fits."""
         if not self.matched:
-            return f"{self.name}: {_layers(self.on_clip)} of the text encoder" if self.on_clip else self._nothing()
+            return f"{self.name}: {layers(self.on_clip)} of the text encoder" if self.on_clip else self._nothing()
         head = f"{self.name} ×{self.strength:.2f}: {self.matched}/{self.total} layers"
         head += f", {self.what}" if self.what else ""
         if self.missing:
@@ -178,11 +178,11 @@ class FileReport:
         """The line, and below it whose names the file uses, which way its layers take, and what it holds for others."""
         if not self.matched:
             return self.line
-        ways = [f"{_layers(count)} {way}" for way, count in self.ways.items()]
+        ways = [f"{layers(count)} {way}" for way, count in self.ways.items()]
         details = [f"{self.dialect} names"] if self.dialect else []
         lines = [self.line, "; ".join(details + ways)]
         if self.text_encoder and self.on_clip is None:
-            lines.append(f"{_layers(self.text_encoder)} of text encoders in it need a CLIP")
+            lines.append(f"{layers(self.text_encoder)} of text encoders in it need a CLIP")
         elif self.text_encoder:
             lines.append(f"{self.on_clip} of {self.text_encoder} text encoder layers on the CLIP")
         return "\n  ".join(line for line in lines if line)
@@ -204,7 +204,8 @@ class FileReport:
         return f"{self.name}: {cause} (0 of {self.total} layers match), such as {examples(self.missing)}"
 
 
-def _layers(count: int) -> str:
+def layers(count: int) -> str:
+    """A number of layers, in words."""
     return f"{count} {'layer' if count == 1 else 'layers'}"
 
 
@@ -285,6 +286,6 @@ def way_of(path: str, reason: str) -> str:
 
 
 __all__ = [
-    "FileReport", "cause_of", "describe", "examples", "family_of", "is_text_encoder", "modules_of", "place_of",
-    "split_name", "way_of",
+    "FileReport", "cause_of", "describe", "examples", "family_of", "is_text_encoder", "layers", "modules_of",
+    "place_of", "split_name", "way_of",
 ]  # fmt: skip

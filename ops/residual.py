@@ -702,8 +702,6 @@ class ResidualStack:
     def running(self, layers: Mapping[str, PackedLayer], device: torch.device) -> dict[str, RunningResidual]:
         """By layer, what runs beside it on `device`; all strengths lie in one small buffer."""
         residuals = self.residuals
-        for member in (m for r in residuals.values() for m, _ in r.members):
-            _make_ordinary(member)
         if device not in self._scales:
             values = [value for r in residuals.values() for value in r.slots()]
             self._scales[device] = torch.tensor(values, dtype=self._scale_dtype()).to(device)
@@ -721,6 +719,9 @@ class ResidualStack:
     @contextlib.contextmanager
     def active(self, layers: Mapping[str, PackedLayer], device: torch.device) -> Iterator[None]:
         """Run the model with these adapters: on every layer inside the block, on none after it."""
+        if torch.is_grad_enabled():  # else nothing is saved for a way back, and every model call would walk all factors
+            for member in (m for r in self.residuals.values() for m, _ in r.members):
+                _make_ordinary(member)
         running = self.running(layers, device) if self.residuals else {}
         previous = {name: layers[name].residual for name in running}
         try:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import chromium
 from hosts import ROOT, Host, comfyui_hosts
 
 sys.path.append(str(Path(__file__).parent / "in_comfyui"))
@@ -24,10 +24,6 @@ pytestmark = pytest.mark.host
 DEMO = json.loads((ROOT / "example_workflows" / "Graft demo.json").read_text())
 STYLES = ("neon", "blueprint", "linocut")
 LOADER, STACK, INSPECT = "GraftUNETLoader", "GraftLoraStack", "GraftInspect"
-CHROMIUM = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 HELPERS = """
 window.seen = {
@@ -122,14 +118,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Host
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no page was opened: pip install playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no page was opened: there is no chromium (apt install chromium)")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=CHROMIUM)
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 MODES = [pytest.param((h, m), id=f"{h.name}-{m}") for h in comfyui_hosts() for m in ("canvas", "vue")]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import chromium
 from forge import forge
 from forge_toys import TYPES, Server, serving
 from PIL import Image
@@ -156,27 +157,15 @@ def test_reloading_the_ui_twice_changes_nothing(server: Server) -> None:
     assert first.shape == second.shape
 
 
-CHROMIUM = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
 @pytest.fixture
 def page(server: Server) -> Iterator[Any]:
     """A browser with Forge's page open on the tab."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the tab was not clicked: pip install playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("the tab was not clicked: there is no chromium (apt install chromium)")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=CHROMIUM)
+    with chromium() as browser:
         opened = browser.new_page(viewport={"width": 1500, "height": 1000})
         opened.set_default_timeout(60_000)
         opened.goto(server.url)
         opened.get_by_role("tab", name="Graft", exact=True).click()
         yield opened
-        browser.close()
 
 
 def test_the_tab_in_a_browser(server: Server, page: Any) -> None:

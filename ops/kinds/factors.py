@@ -47,8 +47,8 @@ def check_factors(kind: str, **factors: torch.Tensor | None) -> None:
                 f"{name} of this {kind} is {str(factor.dtype).removeprefix('torch.')} without a scale: "
                 "get a file with bf16, fp16 or fp8 factors"
             )
-        wide = factor.float() if factor.element_size() == 1 else factor
-        if not torch.isfinite(wide).all():
+        values = factor.float() if factor.element_size() == 1 else factor
+        if not torch.isfinite(values).all():
             raise AdapterError(f"{name} of this {kind} holds NaN or infinity: the training has diverged")
 
 

@@ -12,7 +12,7 @@ from ...kernels import AdapterError
 from ..layout import Layout
 from .adapter import Adapter, Current, Region
 from .factors import check_same
-from .whole import Diff, ModelDiff
+from .whole import Diff, ModelDiff, SecondWeight
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,7 +35,7 @@ class Patch:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Merge(Adapter):
+class Merge(SecondWeight):
     """``ΔW = weight with patches of its own``: another model merged in (ComfyUI's model merging).
 
     Attributes:
@@ -53,9 +53,6 @@ class Merge(Adapter):
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         return {"weight": self.delta(current.base())}
-
-    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return at.own(x, p.weight) * s
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         return merge(Diff(self.weight).delta(weight).clone(), self.patches)

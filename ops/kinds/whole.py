@@ -14,8 +14,15 @@ from .adapter import Adapter, Current
 from .factors import check_factors, check_same
 
 
+class SecondWeight(Adapter):
+    """What runs as a weight of its own beside W, ``F(x) + s·weight x``."""
+
+    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return at.own(x, p.weight) * s
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Diff(Adapter):
+class Diff(SecondWeight):
     """``ΔW = diff``: a full difference.
 
     Attributes:
@@ -35,7 +42,7 @@ class Diff(Adapter):
 
     def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.diff, PackedTensor):
-            return at.own(x, p.weight) * s
+            return super().added(p, at, x, s)
         if at.kernel:
             return at.own(x, dequantize(p.weight.to(x.device), self.diff.fmt, self.diff.shape, x.dtype)) * s
         return linear(x, p.weight.to(x.device), self.diff.fmt, rows=self.diff.shape[0]) * s
@@ -46,7 +53,7 @@ class Diff(Adapter):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ModelDiff(Adapter):
+class ModelDiff(SecondWeight):
     """``ΔW = target − W₀`` with W₀ the base weight: another model as a LoRA (ComfyUI's ``model_as_lora``).
 
     Attributes:
@@ -64,9 +71,6 @@ class ModelDiff(Adapter):
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         base = current.base()
         return {"weight": self.target.to(base) - base}
-
-    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return at.own(x, p.weight) * s
 
 
 @dataclass(frozen=True, eq=False, repr=False)
