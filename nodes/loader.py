@@ -11,7 +11,6 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 
 from .. import kernels
@@ -41,16 +40,6 @@ FOLLOWED = ("t_embedder.mlp.0", "x_embedder", "blocks.*.attn2.to_k")
 """Layers of Hunyuan3D 2.1 to whose weights' dtype the host casts what goes in, and with it all that comes after."""
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def register_folder() -> None:
-    """Let the host list ``.gguf`` files of its folders for diffusion models."""
-    known = folder_paths.folder_names_and_paths
-    paths, extensions = known.get(FOLDER, ([], set()))
-    for folder in known["diffusion_models"][0]:
-        if folder not in paths:
-            paths.append(folder)
-    known[FOLDER] = (paths, set(extensions) | {".gguf"})
 
 
 def model_files() -> list[str]:

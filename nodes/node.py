@@ -23,15 +23,25 @@ def result(outputs: tuple, text: str) -> dict[str, Any]:
     return {"ui": {"text": (text,)}, "result": outputs}
 
 
-def files(folder: str, demo: str) -> list[str]:
-    """What a list shows: people's own files, then the demo's, each under its key of the host's."""
-    shipped = folder_paths.get_filename_list(demo) if demo in folder_paths.folder_names_and_paths else []
-    return list(dict.fromkeys([*folder_paths.get_filename_list(folder), *shipped]))
+def share_folder(key: str, source: str) -> None:
+    """Let the host list ``.gguf`` files of the folders that it knows as `source` under `key`."""
+    known = folder_paths.folder_names_and_paths
+    paths, extensions = known.get(key, ([], set()))
+    for folder in known[source][0]:
+        if folder not in paths:
+            paths.append(folder)
+    known[key] = (paths, set(extensions) | {".gguf"})
 
 
-def file_path(name: str, folder: str, demo: str) -> str | None:
+def files(*keys: str) -> list[str]:
+    """What a list shows: the files under some of the host's keys, in that order."""
+    known = (folder_paths.get_filename_list(key) for key in keys if key in folder_paths.folder_names_and_paths)
+    return list(dict.fromkeys(name for names in known for name in names))
+
+
+def file_path(name: str, *keys: str) -> str | None:
     """Where a listed file lies, or None if it is gone."""
-    return folder_paths.get_full_path(folder, name) or folder_paths.get_full_path(demo, name)
+    return next((path for key in keys if (path := folder_paths.get_full_path(key, name))), None)
 
 
 def file_state(path: str | None) -> str | float:

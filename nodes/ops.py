@@ -29,12 +29,14 @@ class HostLayer(PackedLayer):
     Attributes:
         path: where the layer stands in the whole model; empty until that is there.
         owner: what all clones of that model share (`Graft`), or None once it is gone.
+        remedy: what to do where the file brought no weight.
     """
 
     comfy_cast_weights = True
     weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
     path: str = ""
     owner: Callable[[], Any]
+    remedy: str = "it is incomplete for this architecture, get it from another source"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # on the meta device: a real allocation of the full weight would double memory while loading
@@ -51,7 +53,7 @@ class HostLayer(PackedLayer):
         if self.weight is None:
             raise GraftError(
                 f"the file brought no weight for a {type(self).__name__} of shape {list(self.logical_shape)}: "
-                "it is incomplete for this architecture, get it from another source"
+                f"{self.remedy}"
             )
         if not self.weight_function:
             return self._bring(x.device)
@@ -129,3 +131,15 @@ class GraftOps(comfy.ops.manual_cast):
     def conv_nd(cls, dims: int, *args: Any, **kwargs: Any) -> nn.Module:
         """A convolution over `dims` dimensions; the host's own would build its own classes."""
         return {1: cls.Conv1d, 2: cls.Conv2d, 3: cls.Conv3d}[dims](*args, **kwargs)
+
+
+class TextEncoderOps(GraftOps):
+    """What a text encoder is built from."""
+
+    class Embedding(GraftOps.Embedding):
+        def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+            """Take the vocabulary that the file has: converters leave out rows that no token has, or added tokens."""
+            weight = state_dict.get(prefix + "weight")
+            if weight is not None and weight.dim() == 2 and weight.shape[1] == self.logical_shape[1]:
+                self.logical_shape, self.num_embeddings = weight.shape, weight.shape[0]
+            super()._load_from_state_dict(state_dict, prefix, *args)

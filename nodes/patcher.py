@@ -178,6 +178,11 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         stacks = [s for s in (self.residuals, *self.hook_residuals.values()) if s]
         return models + self._hosts_of([self.build_residuals(stack) for stack in stacks])
 
+    def model_patches_models(self) -> list:
+        """The same for text encoders, which the host loads without asking for additional models."""
+        found = super().model_patches_models()
+        return found + self.get_additional_models() if self.is_clip else found
+
     def build_residuals(self, stack: ResidualStack | None = None, keep: bool = True) -> StackFactors:
         """Concatenate the factors of `stack`, or of this branch, or find them where an earlier build left them."""
         stack = self.residuals if stack is None else stack
@@ -196,6 +201,8 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
 
     def compute_dtype(self) -> torch.dtype:
         """As this branch has it: on the model another branch's choice may still stand."""
+        if self.is_clip:
+            return torch.float32  # which the host has its text encoders compute in
         return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
 
     def active_stack(self) -> ResidualStack:
@@ -293,13 +300,14 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             return self.merged(key, layer)
         return super().patch_weight_to_device(key, *args, **kwargs)
 
-    def merged_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-        """The diffusion model's weights, decoded and with the residuals merged in, for a file of its own.
+    def merged_state_dict(
+        self, dtype: torch.dtype = torch.float16, prefix: str = "diffusion_model."
+    ) -> dict[str, torch.Tensor]:
+        """The weights of a part of the model, decoded and with the residuals merged in, for a file of its own.
 
         Returns:
-            tensors by their names in ``diffusion_model``; packed ones in `dtype`, others as they are.
+            tensors by their names behind `prefix`; packed ones in `dtype`, others as they are.
         """
-        prefix = "diffusion_model."
         held = {k: v for k, v in self.model.state_dict().items() if k.startswith(prefix)}
         return {plain_key(key.removeprefix(prefix)): self._saved(key, value, dtype) for key, value in held.items()}
 

@@ -184,11 +184,20 @@ def diffusion_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
             return found
     if not file.tensors:
         raise UnsupportedFormat(f"the file holds metadata and no tensors: get the model itself ({file.path})")
-    for kind in _OTHER_KINDS:
-        if any(name.startswith(kind.prefixes) for name in file.tensors) or file.architecture in kind.architectures:
-            subject = file.architecture if file.architecture in kind.architectures else "this"
-            raise UnsupportedFormat(f"{subject} is {kind.what}, not a diffusion model: {kind.remedy} ({file.path})")
+    kind = other_kind(file)
+    if kind is not None:
+        raise UnsupportedFormat(
+            f"{kind.subject(file)} is {kind.what}, not a diffusion model: {kind.remedy} ({file.path})"
+        )
     return dict(file.tensors)
+
+
+def other_kind(file: GGUFFile) -> OtherKind | None:
+    """What a file without a diffusion model holds, or None: then it may be a diffusion model."""
+    for kind in (PROJECTOR, TEXT_ENCODER, VAE):
+        if any(name.startswith(kind.prefixes) for name in file.tensors) or file.architecture in kind.architectures:
+            return kind
+    return None
 
 
 def describe(file: GGUFFile) -> str:
@@ -508,7 +517,7 @@ def _check_overlap(tensors: dict[str, GGUFTensor], path: Path) -> None:
             raise CorruptFile(f"{problem}: {_AGAIN} ({path})")
 
 
-class _OtherKind(NamedTuple):
+class OtherKind(NamedTuple):
     """A kind of model that is stored in GGUF files and is not a diffusion model."""
 
     what: str
@@ -516,34 +525,36 @@ class _OtherKind(NamedTuple):
     architectures: tuple[str, ...]
     prefixes: tuple[str, ...]
 
+    def subject(self, file: GGUFFile) -> str:
+        """How a sentence about the file begins."""
+        return str(file.architecture) if file.architecture in self.architectures else "this"
+
 
 # Tensor names of llama.cpp first, then those of transformers and diffusers. Only names that no
 # diffusion model has: ACE-Step, for one, has tensors under `encoder.` and `decoder.`
-_OTHER_KINDS = (
-    _OtherKind(
-        "a vision projector (mmproj)",
-        "put it beside its text encoder, where the CLIP loader finds it",
-        ("clip",),
-        ("v.blk.", "v.patch_embd.", "v.position_embd.", "mm.", "vision_model.encoder."),
+PROJECTOR = OtherKind(
+    "a vision projector (mmproj)",
+    "put it beside its text encoder, where the CLIP loader finds it",
+    ("clip",),
+    ("v.blk.", "v.patch_embd.", "v.position_embd.", "mm.", "vision_model.encoder."),
+)
+TEXT_ENCODER = OtherKind(
+    "a text encoder",
+    "use a CLIP loader that reads GGUF",
+    (
+        *("bert", "gemma", "gemma2", "gemma3", "gpt-oss", "llama", "mistral", "mistral3", "phi3", "qwen2"),
+        *("qwen2vl", "qwen3", "qwen3vl", "t5", "t5encoder"),
     ),
-    _OtherKind(
-        "a text encoder",
-        "use a CLIP loader that reads GGUF",
-        (
-            *("bert", "gemma", "gemma2", "gemma3", "gpt-oss", "llama", "mistral", "mistral3", "phi3", "qwen2"),
-            *("qwen2vl", "qwen3", "qwen3vl", "t5", "t5encoder"),
-        ),
-        (
-            *("token_embd.", "blk.0.", "enc.blk.", "dec.blk."),
-            *("shared.weight", "encoder.block.0.layer.", "text_model.", "model.embed_tokens."),
-        ),
+    (
+        *("token_embd.", "blk.0.", "enc.blk.", "dec.blk."),
+        *("shared.weight", "encoder.block.0.layer.", "text_model.", "model.embed_tokens."),
     ),
-    _OtherKind(
-        "a VAE",
-        "use a VAE loader",
-        ("vae",),
-        ("first_stage_model.", "vae.", "encoder.conv_in.", "decoder.conv_in.", "encoder.conv1.", "decoder.conv1."),
-    ),
+)
+VAE = OtherKind(
+    "a VAE",
+    "use a VAE loader",
+    ("vae",),
+    ("first_stage_model.", "vae.", "encoder.conv_in.", "decoder.conv_in.", "encoder.conv1.", "decoder.conv1."),
 )
 
 

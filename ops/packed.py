@@ -1,8 +1,8 @@
 """`PackedTensor`: a GGUF tensor on its way from the file into a layer.
 
 Hosts look at shapes and dtypes in state dicts, rename, split and join them, long before a layer exists
-that could hold packed bytes. A PackedTensor shows them the logical shape and a float dtype. Splitting
-and joining along dimension 0 keeps it packed, since rows are independent; any other operation
+that could hold packed bytes. A PackedTensor shows them the logical shape and a float dtype. Splitting,
+joining and picking along dimension 0 keeps it packed, since rows are independent; any other operation
 dequantizes and goes on with an ordinary tensor. The bytes are only ever read.
 """
 
@@ -177,6 +177,13 @@ def _split(tensor: PackedTensor, size: int, dim: int = 0) -> Any:
     return [_rows(tensor, start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def _index_select(tensor: Any, dim: int, index: torch.Tensor) -> Any:
+    if not isinstance(tensor, PackedTensor) or dim % tensor.dim() != 0 or not tensor.rows_are_whole:
+        return NotImplemented
+    picked = tensor.packed.view(tensor.shape[0], -1).index_select(0, index)
+    return tensor.with_packed(picked, (index.numel(), *tensor.shape[1:]))
+
+
 def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
     packed = [t for t in tensors if isinstance(t, PackedTensor)]
     first = packed[0]
@@ -221,6 +228,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.split.Tensor: _split,
     _aten.split_with_sizes.default: _split_with_sizes,
     _aten.cat.default: _cat,
+    _aten.index_select.default: _index_select,
     _aten.view.default: _reshape,
     _aten._unsafe_view.default: _reshape,
     _aten.reshape.default: _reshape,

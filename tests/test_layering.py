@@ -14,7 +14,7 @@ from conftest import ROOT
 
 COMFYUI = {
     "app", "comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "execution", "folder_paths",
-    "latent_preview", "node_helpers", "server", "utils",
+    "latent_preview", "node_helpers", "nodes", "server", "utils",
 }  # fmt: skip
 FORGE = {"backend", "gradio", "ldm_patched", "modules", "modules_forge", "packages_3rdparty"}
 

@@ -90,8 +90,14 @@ def processor(model: bytes, **options: object) -> sentencepiece.SentencePiecePro
 
 
 def write_t5(path: str | os.PathLike[str], model: bytes, vocab_size: int) -> Path:
-    """What llama.cpp's T5Model.set_vocab writes for a Unigram model: user-defined pieces become normal ones."""
+    """A GGUF file of nothing but a T5's tokenizer."""
     writer = gguf.GGUFWriter(path, "t5encoder")
+    add_t5(writer, model, vocab_size)
+    return _finish(writer, path)
+
+
+def add_t5(writer: gguf.GGUFWriter, model: bytes, vocab_size: int) -> None:
+    """What llama.cpp's T5Model.set_vocab writes for a Unigram model: user-defined pieces become normal ones."""
     _write_vocabulary(writer, "t5", *_vocabulary(model, vocab_size))
     normalizer = message_fields(message_fields(model)[3][0])
     writer.add_add_space_prefix(bool(normalizer.get(3, [1])[0]))
@@ -101,16 +107,21 @@ def write_t5(path: str | os.PathLike[str], model: bytes, vocab_size: int) -> Pat
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(2)
     writer.add_pad_token_id(0)
-    return _finish(writer, path)
 
 
 def write_gemma(path: str | os.PathLike[str], model: bytes, vocab_size: int, eos: str = "<eos>") -> Path:
+    """A GGUF file of nothing but a Gemma's tokenizer."""
+    writer = gguf.GGUFWriter(path, "gemma3")
+    add_gemma(writer, model, vocab_size, eos)
+    return _finish(writer, path)
+
+
+def add_gemma(writer: gguf.GGUFWriter, model: bytes, vocab_size: int, eos: str = "<eos>") -> None:
     """What llama.cpp's Gemma3Model.set_vocab writes, with the tokenizer_config.json that transformers makes.
 
     There control pieces, `<unk>` and those for turns are special; other user-defined ones are added tokens of which
     the converter takes some for special by their look. It gives all of them a score of its own.
     """
-    writer = gguf.GGUFWriter(path, "gemma3")
     tokens, scores, types = _vocabulary(model, vocab_size)
     for index, piece in enumerate(message_fields(model)[1]):
         fields = message_fields(piece)
@@ -128,7 +139,6 @@ def write_gemma(path: str | os.PathLike[str], model: bytes, vocab_size: int, eos
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
-    return _finish(writer, path)
 
 
 def _vocabulary(model: bytes, vocab_size: int) -> tuple[list[bytes], list[float], list[int]]:

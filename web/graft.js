@@ -1,17 +1,20 @@
 /**
- * What Graft adds to ComfyUI's front end: the text that our nodes report, whole and readable on the node, and a
- * LoRA Stack with as many rows as are in use. Both live in the page alone: what a workflow saves and what a prompt
- * holds are the same as without this file.
+ * What Graft adds to ComfyUI's front end: the text that our nodes report, whole and readable on the node, and nodes
+ * for several files with as many rows as are in use. Both live in the page alone: what a workflow saves and what a
+ * prompt holds are the same as without this file.
  */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-const REPORTING = ["GraftUNETLoader", "GraftLoraStack", "GraftInspect"];
+const REPORTING = ["GraftUNETLoader", "GraftCLIPLoader", "GraftLoraStack", "GraftInspect"];
 const TEXT = "graft_text"; // name of the widget with the text
 const MOST_LINES = 14; // of a text that are seen without scrolling
-const ROWS = 8;
-const FIELDS = ["enabled", "lora", "strength"]; // of a row of the stack
+/** Numbers and fields of a node's rows that may be folded; `file` is the field that makes a row one in use. */
+const ROWS = {
+  GraftLoraStack: { numbers: [1, 2, 3, 4, 5, 6, 7, 8], fields: ["enabled_", "lora_", "strength_"], file: 1 },
+  GraftCLIPLoader: { numbers: [2, 3, 4], fields: ["clip_name"], file: 0 },
+};
 const RUNS = 32; // how far back a text is looked for
 
 /** Calls `added` after what `prototype` has under `name`, if it has anything. */
@@ -128,20 +131,18 @@ function listen() {
 }
 
 /** Hide rows behind the first empty one after all in use. They stay where they are in the node's list of widgets. */
-function foldRows(node) {
-  const rows = [];
-  for (let row = 1; row <= ROWS; row++) {
-    rows.push(FIELDS.map((field) => node.widgets?.find((widget) => widget.name === `${field}_${row}`)));
-  }
+function foldRows(node, { numbers, fields, file }) {
+  const widgetOf = (name) => node.widgets?.find((widget) => widget.name === name);
+  const rows = numbers.map((number) => fields.map((field) => widgetOf(field + number)));
   if (rows.flat().includes(undefined)) return;
-  const spare = () => rows.findLastIndex((row) => isFilled(row) || isLinked(node, row)) + 1;
+  const spare = () => rows.findLastIndex((row) => isFilled(row[file]) || isLinked(node, row)) + 1;
   rows.forEach((row, index) =>
     row.forEach((widget, field) => hideIf(widget, () => index > spare(), () => rows[spare()][field])),
   );
   node.setSize?.([node.size[0], node.computeSize()[1]]);
 }
 
-const isFilled = ([, lora]) => Boolean(lora.value) && lora.value !== "None";
+const isFilled = (widget) => Boolean(widget.value) && widget.value !== "None";
 
 const isLinked = (node, row) =>
   Boolean(node.inputs?.some((slot) => slot.link != null && row.some((widget) => widget.name === slot.widget?.name)));
@@ -176,9 +177,9 @@ app.registerExtension({
   name: "Graft",
   setup: listen,
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name === "GraftLoraStack") {
+    if (nodeData.name in ROWS) {
       chain(nodeType.prototype, "onNodeCreated", function () {
-        foldRows(this);
+        foldRows(this, ROWS[nodeData.name]);
       });
     }
     if (REPORTING.includes(nodeData.name)) {

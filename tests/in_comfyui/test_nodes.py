@@ -304,7 +304,7 @@ def test_the_stack_also_serves_models_of_other_loaders(sd3, loras, files, classe
 def test_the_folder_for_gguf_files_is_shared(pack):
     paths, extensions = folder_paths.folder_names_and_paths["unet_gguf"]
     assert ".gguf" in extensions
-    pack("nodes.loader").register_folder()
+    pack("nodes.node").share_folder("unet_gguf", "diffusion_models")
     assert folder_paths.folder_names_and_paths["unet_gguf"][0] == paths, "registering twice adds nothing"
 
 

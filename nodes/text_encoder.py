@@ -1,0 +1,297 @@
+"""Loading text encoders from GGUF: a CLIP whose LoRAs run beside the packed weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import nodes as host_nodes
+import torch
+
+from .. import kernels
+from ..kernels import CorruptFile, UnsupportedFormat
+from ..ops.gguf_file import PROJECTOR, GGUFFile, describe, open_gguf, other_kind
+from ..ops.layers import EmbeddingMath, packed_layers, unpack_leftovers
+from ..ops.text_encoders import projector_beside, text_encoder_tensors
+from . import node
+from .ops import TextEncoderOps
+from .patcher import Graft, adopt
+
+log = logging.getLogger(__name__)
+
+FOLDER = "clip_gguf"
+"""The key under which packs for GGUF share their list of text encoders; never replaced where one is there."""
+
+ALL_FILES = "text_encoders"
+"""The host's own key: a GGUF may need another encoder beside it that is none, such as Flux's CLIP-L."""
+
+NONE = "None"
+FILES = 4
+REMEDY = "put it into models/text_encoders, or choose another file"
+DEVICES = ("default", "cpu")
+# beside fp8 weights, as the host called them and calls them now
+_SCALES = ("scale_weight", "weight_scale")
+_FP8_SETTINGS = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
+
+
+def encoder_files() -> list[str]:
+    """What the loader lists: GGUF files first."""
+    return node.files(FOLDER, ALL_FILES)
+
+
+def encoder_path(name: str) -> str | None:
+    """Where a listed file lies, or None if it is gone."""
+    return node.file_path(name, FOLDER, ALL_FILES)
+
+
+def types() -> list[str]:
+    """What the host's own loaders offer: how one, or two, text encoders are to be used."""
+    loaders = host_nodes.CLIPLoader, host_nodes.DualCLIPLoader
+    return list(dict.fromkeys(name for loader in loaders for name in loader.INPUT_TYPES()["required"]["type"][0]))
+
+
+def load_text_encoders(
+    paths: Sequence[str], kind: str = "stable_diffusion", device: str = "default", backend: str = "auto",
+    disable_dynamic: bool = False,
+) -> GraftCLIP:  # fmt: skip
+    """Load one to four text encoders, GGUF or not, as the host's loaders do.
+
+    Args:
+        paths: the files. A projector (mmproj) among them goes to the encoder that it belongs to; one that lies beside
+            its encoder is found.
+        kind: the host's name for what they are used for (`types`).
+        device: ``default`` or ``cpu``.
+        backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
+        disable_dynamic: the host's wish for a patcher without dynamic VRAM.
+
+    Raises:
+        CorruptFile: a file is damaged or is no GGUF file.
+        UnsupportedFormat: a file is not a text encoder, or none that a host knows.
+        NoBackend: the backend cannot run here.
+    """
+    lines: list[str] = []
+    states = _read(paths, lines)
+    options: dict[str, Any] = {
+        "custom_operations": TextEncoderOps,
+        "initial_device": comfy.model_management.text_encoder_offload_device(),
+        # of what is no layer of ours: norms, which files hold in fp32 and hosts would round to fp16
+        "dtype": torch.float32,
+    }
+    load_device = comfy.model_management.text_encoder_device()
+    if device == "cpu":
+        load_device = options["load_device"] = options["offload_device"] = torch.device("cpu")
+    choice = kernels.choose(torch.device(load_device), None, backend)
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        states,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+        model_options=options,
+        **({"disable_dynamic": True} if disable_dynamic else {}),
+    )
+    clip.__class__ = GraftCLIP
+    model = clip.cond_stage_model
+    unpack_leftovers(model)
+    _decode_heads(model)
+    _complete(model)
+    model.graft = Graft(model, "\n".join([*lines, str(choice)]))
+    for layer in model.graft.layers.values():
+        layer.backend = backend
+    model.__class__ = _encoder_class(type(model))
+    clip.patcher.cached_patcher_init = (_load_patcher, (tuple(paths), kind, device, backend))
+    adopt(clip.patcher)
+    return clip
+
+
+def _load_patcher(*args: Any, **kwargs: Any) -> Any:
+    return load_text_encoders(*args, **kwargs).patcher
+
+
+def _read(paths: Sequence[str], lines: list[str]) -> list[dict[str, torch.Tensor]]:
+    """A state dict of each text encoder, and of each file a line for the report."""
+    gguf = {path: open_gguf(path) for path in paths if path.lower().endswith(".gguf")}
+    projectors = [file for file in gguf.values() if other_kind(file) is PROJECTOR]
+    states = []
+    for path in paths:
+        name = os.path.basename(path)
+        if path not in gguf:
+            states.append(_without_fp8(comfy.utils.load_torch_file(path, safe_load=True), path))
+            lines.append(name)
+        elif gguf[path] not in projectors:
+            projector = _projector_for(gguf[path], projectors)
+            states.append(text_encoder_tensors(gguf[path], projector))
+            seeing = "" if projector is None else f" · sees with {projector.path.name}"
+            lines.append(f"{name}: {describe(gguf[path])}{seeing}")
+    if projectors and not states:
+        raise UnsupportedFormat(
+            "this is a vision projector (mmproj), not a text encoder: choose its text encoder, the projector is found "
+            f"beside it ({paths[0]})"
+        )
+    return states
+
+
+def _projector_for(file: GGUFFile, chosen: list[GGUFFile]) -> GGUFFile | None:
+    if file.architecture != "qwen2vl":
+        return None
+    return chosen[0] if chosen else projector_beside(file)
+
+
+def _without_fp8(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """fp8 weights times their scales, in bf16: the host's own layers for them cannot stand beside ours."""
+    plain = {}
+    for name, tensor in state.items():
+        module, _, last = name.rpartition(".")
+        if last == "comfy_quant" and state[f"{module}.weight"].element_size() == 1:
+            if not state[f"{module}.weight"].is_floating_point():
+                raise UnsupportedFormat(
+                    f"{module} is in a format that ComfyUI cannot read beside a GGUF: choose the text encoder in fp16, "
+                    f"fp8 or as GGUF ({path})"
+                )
+        elif last not in (*_SCALES, *_FP8_SETTINGS):
+            narrow = tensor.is_floating_point() and tensor.element_size() == 1
+            plain[name] = _scaled(tensor, module, state) if narrow else tensor
+    return plain
+
+
+def _scaled(weight: torch.Tensor, module: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    scale = next((state[f"{module}.{name}"] for name in _SCALES if f"{module}.{name}" in state), None)
+    return weight.to(torch.bfloat16) if scale is None else (weight.float() * scale.float()).to(torch.bfloat16)
+
+
+def _complete(model: torch.nn.Module) -> None:
+    """What files lack on purpose: CLIP-L's projection where only its tokens are read, eyes in a file of their own."""
+    for path, layer in packed_layers(model).items():
+        if layer.weight is None and path.endswith(".text_projection"):
+            layer.load_weight(torch.eye(*layer.logical_shape))
+        elif layer.weight is None and ".visual." in path:
+            layer.remedy = "to read pictures, put the vision projector (mmproj) of this text encoder into its folder"
+
+
+def _decode_heads(model: torch.nn.Module) -> None:
+    """Where a host writes text with a text encoder it multiplies by the weight of the head, or of the embedding."""
+    for module in model.modules():
+        inner = getattr(module, "model", None)
+        if hasattr(module, "logits") and isinstance(getattr(inner, "embed_tokens", None), EmbeddingMath):
+            module.logits = functools.partial(_logits, inner)
+
+
+def _logits(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """The scores of the next token, ``[B, T, width] -> [B, 1, vocabulary]``."""
+    last = x[:, -1:]
+    head = getattr(model, "lm_head", None)
+    if head is not None:
+        return head(last)
+    table = model.embed_tokens
+    data, _, release = table.fetch(last)
+    try:
+        rows = table.logical_shape[0]
+        return kernels.linear(last, data, table.format_of(data), rows=rows, backend=table.backend)
+    finally:
+        release()
+
+
+class _Encoder:
+    """Mixed into the host's class of text encoders: the adapters of the branch that it loaded run beside the layers."""
+
+    def encode_token_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _grafted(self):
+            return super().encode_token_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _grafted(self):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def _grafted(model: Any) -> Any:
+    patcher = model.graft.loaded()
+    return nullcontext() if patcher is None else patcher.grafted(patcher.load_device)
+
+
+@functools.cache
+def _encoder_class(base: type) -> type:
+    return type(base.__name__, (_Encoder, base), {})
+
+
+class GraftCLIP(comfy.sd.CLIP):
+    """The host's CLIP, which is saved with its weights and not with their packed bytes."""
+
+    def clone(self, *args: Any, **kwargs: Any) -> GraftCLIP:
+        clone = super().clone(*args, **kwargs)
+        clone.__class__ = GraftCLIP
+        return clone
+
+    def get_sd(self) -> dict[str, Any]:
+        return super().get_sd() | self.patcher.merged_state_dict(prefix="")
+
+
+class GraftCLIPLoader:
+    """Load CLIP (GGUF, Graft)."""
+
+    DESCRIPTION = (
+        "Loads text encoders from GGUF, alone or beside others: what Flux, SD3, Wan, Qwen-Image and others read your "
+        "words with. LoRAs run beside the quantized weights."
+    )
+    SEARCH_ALIASES = ["gguf", "clip loader gguf", "dual clip loader gguf", "t5", "umt5", "qwen"]  # noqa: RUF012
+    CATEGORY = node.CATEGORY
+    RETURN_TYPES = ("CLIP",)
+    OUTPUT_TOOLTIPS = ("The text encoders; every node for prompts and LoRAs takes them.",)
+    FUNCTION = "load"
+    HAS_INTERMEDIATE_OUTPUT = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        files = encoder_files()
+        more = {
+            f"clip_name{number}": (
+                [NONE, *files],
+                {"default": NONE, "tooltip": f"File {number}, for models with as many text encoders: Flux has two."},
+            )
+            for number in range(2, FILES + 1)
+        }
+        return {
+            "required": {
+                "clip_name1": (files, {"tooltip": "A .gguf or .safetensors file in models/text_encoders."}),
+                "type": (types(), {"tooltip": "The model that they are for; with three or four files it is known."}),
+            },
+            "optional": more
+            | {
+                "device": (list(DEVICES), {"default": "default", "tooltip": "Where they run."}),
+                "backend": (
+                    list(kernels.BACKENDS),
+                    {"default": "auto", "tooltip": "What decodes the weights: auto takes the first that can."},
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> Any:
+        return [node.file_state(encoder_path(name)) for name in _names(inputs)]
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
+        missing = [name for name in _names(inputs) if encoder_path(name) is None]
+        return f"{', '.join(missing)} is not there: {REMEDY}" if missing else True
+
+    def load(self, clip_name1: str, type: str, device: str = "default", backend: str = "auto", **names: str) -> dict:
+        chosen = _names({"clip_name1": clip_name1, **names})
+        paths = [encoder_path(name) for name in chosen]
+        for name, path in zip(chosen, paths, strict=True):
+            if path is None:
+                raise CorruptFile(f"{name} is not there: {REMEDY}")
+        clip = load_text_encoders([path for path in paths if path is not None], type, device, backend)
+        text = clip.cond_stage_model.graft.summary
+        log.info("%s", text)
+        return node.result((clip,), text)
+
+
+def _names(inputs: dict[str, Any]) -> list[str]:
+    """The files that are chosen; until the node runs, what comes through a link is None."""
+    chosen = (inputs.get(f"clip_name{number}") for number in range(1, FILES + 1))
+    return [name for name in chosen if name and name != NONE]

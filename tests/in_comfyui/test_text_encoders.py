@@ -1,0 +1,369 @@
+"""Text encoders from GGUF against the host's own on the same weights, dequantized."""
+
+from __future__ import annotations
+
+import sys
+import types
+from functools import partial
+from typing import Any
+
+import comfy.hooks
+import comfy.lora
+import comfy.sd
+import comfy.text_encoders.llama
+import comfy.utils
+import folder_paths
+import gguf
+import nodes
+import pytest
+import tokenizer_samples as samples
+import torch
+from comfy_extras.nodes_hooks import SetClipHooks
+from generation import distance, fingerprint
+from gguf import MODEL_ARCH
+from safetensors.torch import save_file
+from small import sd3  # noqa: F401  (fixture)
+from text_encoders import LLAMA, clip_l_weights, dense_clip, llama_shapes, small, t5_shapes, write
+
+WORDS = "a (red:1.3) fox in the snow, oil on canvas"
+
+
+def encoded(clip: Any, text: str = WORDS, **tokenizer: Any) -> dict:
+    return clip.encode_from_tokens(clip.tokenize(text, **tokenizer), return_dict=True)
+
+
+def stored(model: bytes) -> torch.Tensor:
+    """A tokenizer as it lies in a state dict."""
+    return torch.frombuffer(bytearray(model), dtype=torch.uint8)
+
+
+def furthest(got: dict, want: dict) -> float:
+    """The largest distance of all that was encoded; what is zero for the host (a pooled output) has to be zero."""
+    assert got.keys() == want.keys() and "cond" in got
+    tensors = {key: value for key, value in want.items() if torch.is_tensor(value)}
+    return max(distance(got[key], value) if value.any() else float(got[key].any()) for key, value in tensors.items())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_classes():
+    with small():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(folders):
+    """A folder that ComfyUI lists text encoders from."""
+    folder = folders / "text_encoders"
+    folder.mkdir()
+    for key in ("text_encoders", "clip_gguf"):
+        paths, extensions = folder_paths.folder_names_and_paths[key]
+        folder_paths.folder_names_and_paths[key] = ([str(folder), *paths], extensions)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture(scope="module")
+def load(pack):
+    return pack("nodes.text_encoder").load_text_encoders
+
+
+@pytest.fixture(scope="module")
+def flux(folder, load):
+    """``(graft, dense)`` of a T5 in Q8_0 and a CLIP-L that is none of GGUF."""
+    t5 = write(folder / "t5xxl.gguf", MODEL_ARCH.T5ENCODER, t5_shapes("t5_config_xxl.json"))
+    clip_l = clip_l_weights()
+    save_file(clip_l, folder / "clip_l.safetensors")
+    return load([str(folder / "clip_l.safetensors"), str(t5.path)], "flux"), dense_clip([clip_l, t5.dense], "flux")
+
+
+@pytest.fixture(scope="module")
+def lora(flux) -> dict[str, torch.Tensor]:
+    """On every layer of both text encoders, T5's table of distances included, as OneTrainer names them."""
+    model, g = flux[1].cond_stage_model, torch.Generator().manual_seed(7)
+    weights, state = model.state_dict(), {}
+    for name, key in comfy.lora.model_lora_keys_clip(model, {}).items():
+        if name.startswith(("lora_te1_text_model", "lora_te2_encoder")) and weights[key].dim() == 2:
+            rows, columns = weights[key].shape
+            state[f"{name}.lora_down.weight"] = torch.randn(8, columns, generator=g) / columns**0.5
+            state[f"{name}.lora_up.weight"] = torch.randn(rows, 8, generator=g) / 8
+    assert len(state) == 2 * (2 * 6 + 4 * 7 + 1)
+    return state
+
+
+def test_flux(flux):
+    assert furthest(*(encoded(clip) for clip in flux)) < 1e-5
+
+
+def test_loras_run_beside_the_weights(flux, lora):
+    graft, dense = flux
+    before, base = fingerprint(graft.cond_stage_model), encoded(graft)["cond"]
+    branches = [comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.7)[1] for clip in (graft, dense)]
+    got, want = (encoded(clip) for clip in branches)
+    effect = want["cond"] - base
+    assert distance(got["cond"] - base, effect) < 1e-4 and distance(got["pooled_output"], want["pooled_output"]) < 1e-4
+    assert distance(want["cond"], base) > 0.05, "the LoRA does nothing"
+    assert torch.equal(encoded(graft)["cond"], base) and fingerprint(graft.cond_stage_model) == before
+    assert torch.equal(encoded(branches[0])["cond"], got["cond"]), "the branch has its LoRA when it is used again"
+
+
+def test_scheduled_loras(flux, lora):
+    """A hook with two strengths over the steps: the host encodes the words once for each."""
+    conds = []
+    for clip in flux:
+        hooks = comfy.hooks.create_hook_lora(lora, 0.0, 1.0)
+        frames = comfy.hooks.HookKeyframeGroup()
+        frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+        frames.add(comfy.hooks.HookKeyframe(strength=0.25, start_percent=0.5))
+        hooks.set_keyframes_on_hooks(frames)
+        (clip,) = SetClipHooks().apply_hooks(clip, True, False, hooks)
+        conds.append(clip.encode_from_tokens_scheduled(clip.tokenize(WORDS)))
+    got, want = conds
+    assert len(got) == len(want) == 2 and distance(want[0][0], want[1][0]) > 0.01
+    for (cond, _), (expected, _) in zip(got, want, strict=True):
+        assert distance(cond, expected) < 1e-4
+
+
+def test_the_lora_stack_puts_them_on(flux, lora, sd3, folders, classes):  # noqa: F811
+    save_file(lora, folders / "loras" / "te.safetensors")
+    apply = classes["GraftLoraStack"]().apply
+    *_, clip = apply(sd3[0], clip=flux[0], lora_1="te.safetensors", strength_1=0.5)["result"]
+    want = comfy.sd.load_lora_for_models(None, flux[0], lora, 0, 0.5)[1]
+    assert torch.equal(encoded(clip)["cond"], encoded(want)["cond"])
+    assert not torch.equal(encoded(clip)["cond"], encoded(flux[0])["cond"])
+
+
+def test_it_is_saved_with_its_weights(flux, lora, tmp_path):
+    graft, dense = (comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.7)[1] for clip in flux)
+    got = graft.get_sd()
+    dense.load_model()
+    want = dense.get_sd()
+    missing = {"clip_l.transformer.text_projection.weight"}  # of the host's, a random one
+    assert got.keys() >= want.keys() - missing
+    for key in want.keys() - missing:
+        assert distance(got[key], want[key]) < 1e-3, key
+
+
+def test_a_file_that_llama_cpp_wrote_for_llama(folder, load):
+    """HiDream reads Llama 3; its queries and keys are in another order in GGUF."""
+    with small(vocab_size=128256):
+        shapes = llama_shapes("Llama2")
+    llama = write(folder / "llama.gguf", MODEL_ARCH.LLAMA, shapes, "Q4_0", heads("llama"))
+    got, want = load([str(llama.path)], "hidream"), dense_clip([llama.dense], "hidream")
+    assert furthest(encoded(got), encoded(want)) < 1e-5
+
+
+def heads(arch: str):
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint32(f"{arch}.attention.head_count", LLAMA["num_attention_heads"])
+        writer.add_uint32(f"{arch}.attention.head_count_kv", LLAMA["num_key_value_heads"])
+        writer.add_uint32(f"{arch}.embedding_length", LLAMA["hidden_size"])
+
+    return add
+
+
+QWEN = {"num_key_value_heads": 4, "head_dim": 128}  # 4 · 128 rows of keys, by which the host knows it
+
+
+@pytest.fixture(scope="module")
+def qwen_files(folder):
+    """Qwen2.5-VL and its projector."""
+    with small(**QWEN):
+        shapes = llama_shapes("Qwen25_7BVLI")
+    seeing = {name: shape for name, shape in shapes.items() if name.startswith("visual.")}
+    reading = {name: shape for name, shape in shapes.items() if name not in seeing}
+    text = write(folder / "Qwen2.5-VL-Q4_K_M.gguf", MODEL_ARCH.QWEN2VL, reading, "Q4_K", heads("qwen2vl"))
+    vision = write(
+        folder / "Qwen2.5-VL-mmproj-F16.gguf", MODEL_ARCH.MMPROJ, seeing, "Q8_0",
+        lambda writer: writer.add_uint32("clip.vision.projection_dim", LLAMA["hidden_size"]),
+    )  # fmt: skip
+    return text, vision
+
+
+@pytest.fixture
+def qwen(qwen_files):
+    with small(**QWEN):
+        yield qwen_files
+
+
+def test_it_sees_with_the_projector_beside_it(qwen, load):
+    text, vision = qwen
+    got, want = load([str(text.path)], "qwen_image"), dense_clip([text.dense | vision.dense], "qwen_image")
+    picture = torch.rand(1, 56, 84, 3, generator=torch.Generator().manual_seed(1))
+    assert furthest(encoded(got), encoded(want)) < 1e-5
+    assert furthest(encoded(got, images=[picture]), encoded(want, images=[picture])) < 1e-5
+    assert "sees with Qwen2.5-VL-mmproj-F16.gguf" in got.cond_stage_model.graft.summary
+
+
+def test_without_a_projector_it_reads(qwen, load, tmp_path):
+    (tmp_path / "alone.gguf").symlink_to(qwen[0].path)
+    clip = load([str(tmp_path / "alone.gguf")], "qwen_image")
+    assert torch.isfinite(encoded(clip)["cond"]).all()
+    with pytest.raises(Exception, match=r"put the vision projector \(mmproj\) of this text encoder into its folder"):
+        encoded(clip, images=[torch.rand(1, 56, 56, 3)])
+
+
+def with_vocabulary(shapes: dict[str, tuple], key: str, rows: int) -> dict[str, tuple]:
+    """As many rows as the tokenizer has tokens, which are other than the host declares."""
+    return shapes | {key: (rows, shapes[key][1])}
+
+
+def test_wan_reads_with_the_tokenizer_in_the_file(folder, load):
+    original = samples.train_umt5(byte_fallback=True)
+    rows = samples.processor(original).vocab_size() + 28
+    shapes = with_vocabulary(t5_shapes("umt5_config_xxl.json"), "shared.weight", rows)
+    tokenizer = partial(samples.add_t5, model=original, vocab_size=rows)
+    umt5 = write(folder / "umt5.gguf", MODEL_ARCH.T5ENCODER, shapes, "Q6_K", tokenizer)
+    with small(vocab_size=rows):
+        want = dense_clip([umt5.dense | {"spiece_model": stored(original)}], "wan")
+    got = load([str(umt5.path)], "wan")
+    assert furthest(encoded(got, samples.TEXTS[3]), encoded(want, samples.TEXTS[3])) < 1e-5
+    assert torch.equal(got.get_sd()["spiece_model"], got.tokenizer.state_dict()["spiece_model"])
+
+
+@pytest.fixture(scope="module")
+def gemma(folder, load):
+    original = samples.train_gemma()
+    rows = samples.processor(original).vocab_size()
+    shapes = with_vocabulary(llama_shapes("Gemma2_2B"), "model.embed_tokens.weight", rows)
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        heads("gemma2")(writer)
+        samples.add_gemma(writer, original, rows)
+
+    file = write(folder / "gemma.gguf", MODEL_ARCH.GEMMA2, shapes, "Q8_0", metadata)
+    with small(vocab_size=rows):
+        want = dense_clip([file.dense | {"spiece_model": stored(original)}], "lumina2")
+    return load([str(file.path)], "lumina2"), want
+
+
+def test_lumina_reads_with_the_tokenizer_in_the_file(gemma):
+    assert furthest(*(encoded(clip, samples.TEXTS[1]) for clip in gemma)) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(comfy.text_encoders.llama, "BaseGenerate"), reason="this ComfyUI writes no text")
+def test_it_writes_text(gemma):
+    got, want = (clip.generate(clip.tokenize("the fox"), do_sample=False, max_length=8) for clip in gemma)
+    assert got == want and len(got) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("Qwen3_4B", MODEL_ARCH.QWEN3), ("Qwen25_3B", MODEL_ARCH.QWEN2VL), ("Gemma3_4B", MODEL_ARCH.GEMMA3),
+        ("Mistral3Small24B", MODEL_ARCH.LLAMA),
+    ],
+)  # fmt: skip
+def test_names_and_layouts_of_others(name, arch, pack, tmp_path):
+    """Too wide to be run here: all that the host's class has, and nothing else, with the weights that were written."""
+    if not hasattr(comfy.text_encoders.llama, name):
+        pytest.skip("this ComfyUI does not have it")
+    shapes = with_vocabulary(llama_shapes(name), "model.embed_tokens.weight", 700)
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        heads(gguf.MODEL_ARCH_NAMES[arch])(writer)
+        if arch == MODEL_ARCH.GEMMA3:
+            samples.add_gemma(writer, samples.train_gemma(), 700)
+
+    file = write(tmp_path / "a.gguf", arch, shapes, "Q5_K", metadata)
+    state = pack("ops.text_encoders").text_encoder_tensors(pack("ops.gguf_file").open_gguf(file.path))
+    assert ("spiece_model" in state) == (arch == MODEL_ARCH.GEMMA3)
+    state.pop("spiece_model", None)
+    assert state.keys() == file.dense.keys() == shapes.keys()
+    for key, weight in state.items():
+        # a shift by 1 and back rounds to fp32
+        assert torch.allclose(weight.to(torch.float32), file.dense[key], rtol=0, atol=2**-23), key
+
+
+def test_fp8_files_beside_a_gguf(flux, load, folder, tmp_path):
+    """Weights in fp8 with scales, as ComfyUI's own files have them, count as scale · weight."""
+    scaled, plain = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    for name, weight in clip_l_weights().items():
+        if ".mlp.fc1.weight" in name:
+            scale = weight.abs().max() / 448
+            scaled[name] = (weight / scale).to(torch.float8_e4m3fn)
+            scaled[name.replace("weight", "scale_weight")] = scale
+            scaled[name.replace("weight", "scale_input")] = torch.ones(())
+            weight = (scaled[name].float() * scale).to(torch.bfloat16)
+        elif ".mlp.fc2.weight" in name:
+            scaled[name] = weight.to(torch.float8_e5m2)
+            weight = scaled[name].float()
+        else:
+            scaled[name] = weight
+        plain[name] = weight
+    clips = []
+    for name, state in (("scaled", scaled), ("plain", plain)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+        clips.append(load([str(tmp_path / f"{name}.safetensors"), str(folder / "t5xxl.gguf")], "flux"))
+    assert furthest(*(encoded(clip) for clip in clips)) == 0
+
+
+def test_a_format_that_cannot_stand_beside_ours(flux, load, folder, tmp_path):
+    state = clip_l_weights()
+    name = next(name for name in state if name.endswith("fc1.weight"))
+    state[name] = torch.zeros(4, 4, dtype=torch.uint8)
+    state[name.replace("weight", "comfy_quant")] = torch.zeros(4, dtype=torch.uint8)
+    save_file(state, tmp_path / "nvfp4.safetensors")
+    with pytest.raises(Exception, match="choose the text encoder in fp16, fp8 or as GGUF"):
+        load([str(tmp_path / "nvfp4.safetensors"), str(folder / "t5xxl.gguf")], "flux")
+
+
+def test_the_node(flux, classes):
+    """What the interface shows and what runs; names that a link brings are not known before."""
+    node = classes["GraftCLIPLoader"]
+    inputs = node.INPUT_TYPES()
+    assert list(inputs["required"]) == ["clip_name1", "type"]
+    assert list(inputs["optional"]) == ["clip_name2", "clip_name3", "clip_name4", "device", "backend"]
+    assert all(options[0].get("tooltip") for group in inputs.values() for _, *options in group.values())
+    files, kinds = inputs["required"]["clip_name1"][0], inputs["required"]["type"][0]
+    assert files.index("t5xxl.gguf") < files.index("clip_l.safetensors") and {"flux", "wan", "sdxl"} <= set(kinds)
+    shown = node().load("clip_l.safetensors", "flux", clip_name2="t5xxl.gguf", device="cpu")
+    assert furthest(encoded(shown["result"][0]), encoded(flux[0])) == 0
+    first, second, backend = shown["ui"]["text"][0].splitlines()
+    assert first == "clip_l.safetensors" and second.startswith("t5xxl.gguf: t5encoder · ") and backend == "cpu"
+    assert node.VALIDATE_INPUTS(clip_name1="t5xxl.gguf", clip_name2=None) is True
+    assert node.VALIDATE_INPUTS(clip_name1="gone.gguf").startswith("gone.gguf is not there: put it into models/text")
+    with pytest.raises(Exception, match=r"gone.gguf is not there: put it into models/text_encoders"):
+        node().load("gone.gguf", "flux")
+    assert node.IS_CHANGED(clip_name1="t5xxl.gguf") != node.IS_CHANGED(clip_name1="clip_l.safetensors")
+
+
+def test_clones_share_the_weights(flux, lora):
+    graft = flux[0]
+    branch = comfy.sd.load_lora_for_models(None, graft, lora, 0, 0.7)[1]
+    assert type(branch) is type(graft) and branch.cond_stage_model is graft.cond_stage_model
+    assert branch.patcher.patches_uuid == graft.patcher.patches_uuid, "a LoRA has the host load the model again"
+
+
+OLD = {
+    "CLIPLoaderGGUF": ({"clip_name": "a", "type": "wan"}, {"clip_name1": "a", "type": "wan"}),
+    "DualCLIPLoaderGGUF": (
+        {"clip_name1": "a", "clip_name2": "b", "type": "flux"}, {"clip_name1": "a", "clip_name2": "b", "type": "flux"},
+    ),
+    "TripleCLIPLoaderGGUF": (
+        {"clip_name1": "a", "clip_name2": "b", "clip_name3": "c"},
+        {"clip_name1": "a", "clip_name2": "b", "clip_name3": "c", "type": "sd3"},
+    ),
+    "QuadrupleCLIPLoaderGGUF": (
+        {f"clip_name{i}": "abcd"[i - 1] for i in range(1, 5)},
+        {f"clip_name{i}": "abcd"[i - 1] for i in range(1, 5)} | {"type": "hidream"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_it_takes_the_place_of_comfyui_ggufs_loaders(old, pack, classes, monkeypatch):
+    manage = pytest.importorskip("app.node_replace_manager", reason="this ComfyUI does not replace nodes")
+    manager = manage.NodeReplaceManager()
+    server = types.SimpleNamespace(PromptServer=types.SimpleNamespace())
+    server.PromptServer.instance = types.SimpleNamespace(node_replace_manager=manager)
+    monkeypatch.setitem(sys.modules, "server", server)
+    pack("nodes.replacements").offer_replacements()
+    inputs, want = OLD[old]
+    prompt = {"1": {"class_type": old, "inputs": dict(inputs), "_meta": {"title": ""}}}
+    manager.apply_replacements(prompt)
+    assert prompt["1"]["class_type"] == "GraftCLIPLoader" and prompt["1"]["inputs"] == want
+    assert classes["GraftCLIPLoader"].INPUT_TYPES()["required"]["type"][0].count(want["type"]) == 1

@@ -1,0 +1,168 @@
+"""Text encoders in GGUF without a host: names against gguf-py's table, what is undone, and what is refused.
+
+`tests/in_comfyui/test_text_encoders.py` runs them against the host's own.
+"""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import tokenizer_samples as samples
+import torch
+from gguf_samples import write_gguf
+from graft.kernels import CorruptFile, UnsupportedFormat
+from graft.ops import text_encoders
+from graft.ops.gguf_file import open_gguf
+from graft.ops.packed import PackedTensor
+from graft.ops.text_encoders import projector_beside, text_encoder_tensors
+
+RNG = np.random.default_rng(0)
+
+
+def array(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def decoded(tensor) -> np.ndarray:
+    return gguf.dequantize(tensor.data.numpy(), gguf.GGMLQuantizationType[tensor.fmt.name]).reshape(tensor.shape)
+
+
+TABLES = [
+    *((arch, text_encoders._NAMES[arch]) for arch in text_encoders._NAMES),
+    ("t5", text_encoders._T5_UNGATED), ("clip", text_encoders._VISION),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "table"), TABLES)
+def test_names_are_those_of_gguf_py(architecture, table):
+    """Every name that we turn back, gguf-py's table turns into the one that we started from."""
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    arch = gguf.MODEL_ARCH.MMPROJ if architecture == "clip" else arch
+    names = gguf.get_tensor_name_map(arch, 8)
+    known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "N") for tensor in gguf.MODEL_TENSORS[arch]}
+    listed = {ours: theirs for ours, theirs in table.items() if ours in known}
+    # one table serves several architectures, of which some have neither a head nor norms in their attention
+    assert len(table) - len(listed) <= 3 and len(listed) > 8
+    for ours, theirs in listed.items():
+        ours, theirs = ours.replace("N", "7"), theirs.replace(".N.", ".7.")
+        assert names.get_name(theirs) == ours, theirs
+        assert text_encoders._rename(f"{ours}.weight", table) == f"{theirs}.weight"
+    assert text_encoders._rename("blk.3.unheard_of.weight", table) == "blk.3.unheard_of.weight"
+
+
+def encoder(path, tensors, architecture="llama", **metadata):
+    heads = {"llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
+    return open_gguf(write_gguf(path, tensors, architecture, {**heads, **metadata}))
+
+
+def test_queries_and_keys_get_their_order_back_and_stay_packed(tmp_path):
+    tensors = {
+        "token_embd.weight": (array(8, 256), "Q8_0"),
+        "blk.0.attn_q.weight": (array(256, 256), "Q4_K"),
+        "blk.0.attn_k.weight": (array(128, 256), "F16"),
+        "blk.0.attn_v.weight": (array(128, 256), "Q4_K"),
+    }
+    file = encoder(tmp_path / "a.gguf", tensors)
+    state = text_encoder_tensors(file)
+    for name, stored, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2), ("v_proj", "attn_v", None)):
+        weight = state[f"model.layers.0.self_attn.{name}.weight"]
+        tensor = file.tensors[f"blk.0.{stored}.weight"]
+        assert isinstance(weight, PackedTensor) == (stored != "attn_k")
+        want = decoded(tensor)
+        if heads:  # what LlamaModel.permute does, backwards
+            want = want.reshape(heads, -1, 2, 256).swapaxes(1, 2).reshape(want.shape)
+        assert np.array_equal(weight.to(torch.float32).numpy(), want)
+
+
+def test_what_no_text_encoder_has_is_left_out(tmp_path):
+    t5 = {
+        "token_embd.weight": (array(8, 64), "F16"),
+        "enc.blk.0.ffn_up.weight": (array(64, 64), "F16"),
+        "dec.blk.0.attn_q.weight": (array(64, 64), "F16"),
+    }
+    state = text_encoder_tensors(encoder(tmp_path / "t5.gguf", t5, "t5"))
+    assert state.keys() == {"shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi.weight"}
+    gated = t5 | {"enc.blk.0.ffn_gate.weight": (array(64, 64), "F16")}
+    state = text_encoder_tensors(encoder(tmp_path / "gated.gguf", gated, "t5"))
+    assert {name.split(".")[-2] for name in state} == {"shared", "wi_0", "wi_1"}
+    llama = {"token_embd.weight": (array(8, 64), "F16"), "rope_freqs.weight": (array(32), "F32")}
+    assert text_encoder_tensors(encoder(tmp_path / "l.gguf", llama)).keys() == {"model.embed_tokens.weight"}
+
+
+def test_names_of_transformers_are_kept(tmp_path):
+    tensors = {"shared.weight": (array(8, 64), "F16")}
+    tensors["encoder.block.0.layer.0.SelfAttention.q.weight"] = (array(64, 64), "Q8_0")
+    for architecture in ("t5", "pig"):
+        assert text_encoder_tensors(encoder(tmp_path / "a.gguf", tensors, architecture)).keys() == tensors.keys()
+
+
+def test_mistral_brings_its_tokenizer(tmp_path):
+    tokenizer = samples.train_tekken(samples.TEKKEN_PATTERN)
+    metadata = dict(open_gguf(samples.write_tekken(tmp_path / "tokens.gguf", tokenizer)).metadata)
+    metadata = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    file = encoder(tmp_path / "a.gguf", {"token_embd.weight": (array(8, 64), "F16")}, **metadata)
+    model = text_encoder_tensors(file)["tekken_model"]
+    assert model.dtype == torch.uint8 and bytes(model.numpy()).startswith(b'{"config"')
+
+
+REFUSED = [
+    ("flux", "double_blocks.0.img_attn.qkv.weight", "flux is not a text encoder: use a loader for diffusion models"),
+    ("clip", "v.blk.0.ln1.weight", r"a vision projector \(mmproj\), not a text encoder: choose its text encoder"),
+    ("vae", "decoder.conv_in.weight", "vae is a VAE, not a text encoder: use a loader for it"),
+    ("qwen35", "token_embd.weight", "architecture qwen35 cannot be read, only t5, t5encoder, .*: get this one as"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "name", "message"), REFUSED)
+def test_what_is_no_text_encoder_is_refused(architecture, name, message, tmp_path):
+    file = encoder(tmp_path / "a.gguf", {name: (array(64), "F32")}, architecture)
+    with pytest.raises(UnsupportedFormat, match=message):
+        text_encoder_tensors(file)
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path):
+    tensors = {"token_embd.weight": (array(8, 64), "F16"), "blk.0.attn_q.weight": (array(60, 64), "F16")}
+    for heads, message in ((7, "60 rows, which 7 heads do not divide"), (0, "head_count is 0, where a number of")):
+        file = encoder(tmp_path / "a.gguf", tensors, **{"llama.attention.head_count": heads})
+        with pytest.raises(UnsupportedFormat, match=message):
+            text_encoder_tensors(file)
+
+
+def projector(path, width=64, parts="qkv", types=("F16", "F16", "F16")):
+    tensors = {f"v.blk.0.attn_{part}.weight": (array(32, 32), types["qkv".index(part)]) for part in parts}
+    frames = {f"v.patch_embd.weight{suffix}": (array(32, 3, 14, 14), "F32") for suffix in ("", ".1")}
+    return encoder(path, tensors | frames, "clip", **{"clip.vision.projection_dim": width})
+
+
+def qwen(path, width=64):
+    tensors = {"token_embd.weight": (array(8, width), "F16")}
+    return encoder(path, tensors, "qwen2vl", **{"qwen2vl.embedding_length": width})
+
+
+def test_the_projector_is_joined(tmp_path):
+    for types in (("Q8_0", "Q8_0", "Q8_0"), ("F16", "Q8_0", "F32")):
+        vision = projector(tmp_path / "mmproj.gguf", types=types)
+        state = text_encoder_tensors(qwen(tmp_path / "a.gguf"), vision)
+        joined = state["visual.blocks.0.attn.qkv.weight"]
+        assert isinstance(joined, PackedTensor) == (len(set(types)) == 1)
+        parts = [decoded(vision.tensors[f"v.blk.0.attn_{part}.weight"]) for part in "qkv"]
+        assert np.array_equal(joined.to(torch.float32).numpy(), np.concatenate(parts))
+        frames = state["visual.patch_embed.proj.weight"]
+        assert frames.shape == (32, 3, 2, 14, 14) and not torch.equal(frames[:, :, 0], frames[:, :, 1])
+    with pytest.raises(CorruptFile, match="no keys or values beside it"):
+        text_encoder_tensors(qwen(tmp_path / "a.gguf"), projector(tmp_path / "mmproj.gguf", parts="qk"))
+
+
+def test_the_projector_that_belongs_to_it_is_found(tmp_path):
+    file = qwen(tmp_path / "Qwen2.5-VL-7B-Instruct-UD-Q4_K_XL.gguf")
+    assert projector_beside(file) is None
+    (tmp_path / "broken-mmproj.gguf").write_bytes(b"GGUF")
+    projector(tmp_path / "a-3B-mmproj.gguf", width=32)
+    assert projector_beside(file) is None, "another width is another model's"
+    projector(tmp_path / "mmproj-F16.gguf")
+    assert projector_beside(file).path.name == "mmproj-F16.gguf"
+    projector(tmp_path / "zz-Qwen2.5-VL-7B-Instruct-mmproj-BF16.GGUF")
+    assert projector_beside(file).path.name == "zz-Qwen2.5-VL-7B-Instruct-mmproj-BF16.GGUF", "the one called like it"
+    llama = encoder(tmp_path / "llama.gguf", {"token_embd.weight": (array(8, 64), "F16")})
+    assert projector_beside(llama) is None, "it has no eyes"
