@@ -222,16 +222,21 @@ def projector_beside(file: GGUFFile) -> GGUFFile | None:
 
 def _vision_tensors(projector: GGUFFile) -> dict[str, torch.Tensor]:
     state = _renamed(projector, _VISION)
-    # queries, keys and values are one layer in the model, and the two frames that a patch spans one convolution
+
+    def taken(*names: str) -> list[torch.Tensor]:
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise CorruptFile(f"{', '.join(missing)} is missing: get the projector again ({projector.path})")
+        return [state.pop(name) for name in names]
+
+    # queries, keys and values are one layer in the model
     for name in [name for name in state if ".attn_q." in name]:
-        parts = [state.pop(name.replace(".attn_q.", f".attn_{part}."), None) for part in "qkv"]
-        if None in parts:
-            raise CorruptFile(f"{name} has no keys or values beside it: get the file again ({projector.path})")
+        parts = taken(*(name.replace(".attn_q.", f".attn_{part}.") for part in "qkv"))
         if len({format_of(part) for part in parts}) > 1:
             parts = [part.float() for part in parts]
         state[_rename(name.replace(".attn_q.", ".attn_qkv."), _VISION)] = torch.cat(parts)
-    second = state.pop("v.patch_embd.weight.1", None)
-    if second is not None:
-        frames = [state["visual.patch_embed.proj.weight"].float(), second.float()]
-        state["visual.patch_embed.proj.weight"] = torch.stack(frames, dim=2)
+    # and the two frames that a patch spans one convolution
+    if "v.patch_embd.weight.1" in state:
+        frames = taken("visual.patch_embed.proj.weight", "v.patch_embd.weight.1")
+        state["visual.patch_embed.proj.weight"] = torch.stack([frame.float() for frame in frames], dim=2)
     return state
