@@ -264,6 +264,30 @@ def test_a_new_stack_is_as_tall_as_its_one_row(page: Page) -> None:
     assert page.see(f"() => {{ const two = {pair}; {changed}; return two.map((node) => {count}); }}") == [6, 3]
 
 
+def test_the_clip_loader_folds_files_that_are_not_chosen(page: Page) -> None:
+    page.load(demo())
+    page.see("""() => {
+      const loader = LiteGraph.createNode("GraftCLIPLoader");
+      loader.pos = [60, 700];
+      app.graph.add(loader);
+    }""")
+    shown = """() => {
+      const [loader] = seen.nodes("GraftCLIPLoader");
+      return loader.widgets.filter((widget) => loader.isWidgetVisible(widget)).map((widget) => widget.name);
+    }"""
+    choose = """([number, file]) => {
+      const find = (widget) => widget.name === `clip_name${number}`;
+      seen.nodes("GraftCLIPLoader")[0].widgets.find(find).value = file;
+    }"""
+    always = ["clip_name1", "type", "device", "backend"]
+    for number, file, rows in ((0, "", [2]), (2, "t5.gguf", [2, 3]), (4, "llama.gguf", [2, 3, 4]), (4, "None", [2, 3])):
+        if number:
+            page.see(choose, number, file)
+        names = page.see(shown)
+        assert names == [*always[:2], *(f"clip_name{row}" for row in rows), *always[2:]]
+    assert page.see("() => seen.nodes('GraftCLIPLoader')[0].serialize().widgets_values.length") == 7
+
+
 # some front ends save the text of their own widget for progress, which is no matter of ours
 SAVED_AND_SENT = """async () => {
   for (const node of app.graph._nodes)

@@ -150,7 +150,7 @@ def test_the_projector_is_joined(tmp_path):
         assert np.array_equal(joined.to(torch.float32).numpy(), np.concatenate(parts))
         frames = state["visual.patch_embed.proj.weight"]
         assert frames.shape == (32, 3, 2, 14, 14) and not torch.equal(frames[:, :, 0], frames[:, :, 1])
-    with pytest.raises(CorruptFile, match="attn_v.weight is missing: get the projector again"):
+    with pytest.raises(CorruptFile, match=r"attn_v\.weight is missing: get the projector again"):
         text_encoder_tensors(qwen(tmp_path / "a.gguf"), projector(tmp_path / "mmproj.gguf", parts="qk"))
 
 

@@ -43,6 +43,8 @@ function show(node, text) {
   fit(widget, node, text);
   widget.value = text;
   node.setDirtyCanvas?.(true, true);
+  // a canvas makes a node taller while it draws it, which shows the next time
+  requestAnimationFrame(() => requestAnimationFrame(() => node.setDirtyCanvas?.(true, true)));
 }
 
 function addTextWidget(node) {
