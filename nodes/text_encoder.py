@@ -104,7 +104,8 @@ def load_text_encoders(
     model.graft = Graft(model, "\n".join([*lines, str(choice)]))
     for layer in model.graft.layers.values():
         layer.backend = backend
-    model.__class__ = _encoder_class(type(model))
+    # the host makes a class for each
+    model.__class__ = type(type(model).__name__, (_Encoder, type(model)), {})
     clip.patcher.cached_patcher_init = (_load_patcher, (tuple(paths), kind, device, backend))
     adopt(clip.patcher)
     return clip
@@ -212,11 +213,6 @@ class _Encoder:
 def _grafted(model: Any) -> Any:
     patcher = model.graft.loaded()
     return nullcontext() if patcher is None else patcher.grafted(patcher.load_device)
-
-
-@functools.cache
-def _encoder_class(base: type) -> type:
-    return type(base.__name__, (_Encoder, base), {})
 
 
 class GraftCLIP(comfy.sd.CLIP):

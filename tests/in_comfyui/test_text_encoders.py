@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+import weakref
 from functools import partial
 from typing import Any
 
 import comfy.hooks
 import comfy.lora
+import comfy.model_management
 import comfy.sd
 import comfy.text_encoders.llama
 import comfy.utils
@@ -336,6 +339,21 @@ def test_clones_share_the_weights(flux, lora):
     branch = comfy.sd.load_lora_for_models(None, graft, lora, 0, 0.7)[1]
     assert type(branch) is type(graft) and branch.cond_stage_model is graft.cond_stage_model
     assert branch.patcher.patches_uuid == graft.patcher.patches_uuid, "a LoRA has the host load the model again"
+
+
+def test_nothing_stays_of_one_that_nobody_needs(flux, load, folder, lora):
+    def loaded() -> list[weakref.ref]:
+        clip = load([str(folder / "clip_l.safetensors"), str(folder / "t5xxl.gguf")], "flux")
+        branch = comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.7)[1]
+        encoded(branch)
+        model = clip.cond_stage_model
+        return [weakref.ref(it) for it in (clip.patcher, branch.patcher, model, type(model), model.t5xxl.transformer)]
+
+    left = loaded()
+    comfy.model_management.unload_all_models()
+    comfy.model_management.cleanup_models_gc()
+    gc.collect()
+    assert [reference() for reference in left] == [None] * len(left)
 
 
 OLD = {
