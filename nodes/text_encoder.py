@@ -100,6 +100,7 @@ def load_text_encoders(
     model = clip.cond_stage_model
     unpack_leftovers(model)
     _decode_heads(model)
+    _check_files(model, kind, paths)
     _complete(model)
     model.graft = Graft(model, "\n".join([*lines, str(choice)]))
     for layer in model.graft.layers.values():
@@ -164,6 +165,20 @@ def _without_fp8(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.T
 def _scaled(weight: torch.Tensor, module: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
     scale = next((state[f"{module}.{name}"] for name in _SCALES if f"{module}.{name}" in state), None)
     return weight.to(torch.bfloat16) if scale is None else (weight.float() * scale.float()).to(torch.bfloat16)
+
+
+def _check_files(model: torch.nn.Module, kind: str, paths: Sequence[str]) -> None:
+    """The host takes any files for any type; one that fits nowhere would show only when words are encoded."""
+    found: dict[str, bool] = {}
+    for path, layer in packed_layers(model).items():
+        encoder = path.partition(".")[0]
+        found[encoder] = found.get(encoder, False) or layer.weight is not None
+    missing = ", ".join(encoder for encoder, has_weights in found.items() if not has_weights)
+    if missing:
+        raise UnsupportedFormat(
+            f"none of these files is the {missing} that ComfyUI wants for {len(paths)} of the type {kind}: choose "
+            f"others or another type ({', '.join(map(os.path.basename, paths))})"
+        )
 
 
 def _complete(model: torch.nn.Module) -> None:

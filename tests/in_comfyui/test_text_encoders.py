@@ -314,6 +314,13 @@ def test_a_format_that_cannot_stand_beside_ours(flux, load, folder, tmp_path):
         load([str(tmp_path / "nvfp4.safetensors"), str(folder / "t5xxl.gguf")], "flux")
 
 
+@pytest.mark.parametrize(("file", "wanted"), [("clip_l.safetensors", "t5xxl"), ("t5xxl.gguf", "clip_l")])
+def test_files_that_do_not_make_up_the_type(file, wanted, flux, load, folder):
+    message = f"none of these files is the {wanted} that ComfyUI wants for 2 of the type flux"
+    with pytest.raises(Exception, match=message):
+        load([str(folder / file)] * 2, "flux")
+
+
 def test_the_node(flux, classes):
     """What the interface shows and what runs; names that a link brings are not known before."""
     node = classes["GraftCLIPLoader"]
