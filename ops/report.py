@@ -221,17 +221,15 @@ def modules_of(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
 
 _DOWN = re.compile(r"(?:\.lora_down\.weight|\.lora_A(?:\.[^.]+)?(?:\.weight)?|(?:lora\d?|layer)\.down\.weight)$")
 _KINDS = (
-    ("LoHa", ".hada_w1_a"), ("LoKr", ".lokr_w"), ("GLoRA", ".a1.weight"), ("OFT", ".oft_"), ("full", ".diff"),
-    ("DoRA", ".dora_scale"), ("DoRA", ".lora_magnitude_vector"),
+    ("LoHa", r"\.hada_w1_a"), ("LoKr", r"\.lokr_w"), ("GLoRA", r"\.a1\.weight"), ("OFT", r"\.oft_"),
+    ("full", r"\.diff$"), ("DoRA", r"\.dora_scale|\.lora_magnitude_vector"),
 )  # fmt: skip
 
 
 def describe(state: Mapping[str, torch.Tensor]) -> str:
     """Kinds and ranks of a file: ``rank 16``, ``DoRA, rank 4 to 32``, ``LoKr``."""
-    parts = []
-    for kind, mark in _KINDS:
-        if kind not in parts and any(mark in key and not key.endswith((".diff_b", ".diff_m")) for key in state):
-            parts.append(kind)
+    fields = {split[1] for split in map(split_name, state) if split is not None}
+    parts = [kind for kind, pattern in _KINDS if any(re.match(pattern, field) for field in fields)]
     ranks = {state[k].shape[0] for k in state if (_DOWN.search(k) or k.endswith(".hada_w1_b")) and state[k].dim()}
     if ranks:
         low, high = min(ranks), max(ranks)

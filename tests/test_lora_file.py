@@ -80,6 +80,8 @@ DIALECTS = [
     ("kohya", "lora_unet_double_blocks_0_img_attn_qkv", (), "double_blocks.0.img_attn.qkv", None),
     ("Wan-Fun", "lora_unet__double_blocks_0_img_attn_qkv", (), "double_blocks.0.img_attn.qkv", None),
     ("native", "diffusion_model.double_blocks.0.img_attn.proj", AB, "double_blocks.0.img_attn.proj", None),
+    ("native in full", "model.diffusion_model.double_blocks.0.img_attn.proj", AB, "double_blocks.0.img_attn.proj",
+     None),
     ("bare", "double_blocks.0.img_attn.proj", AB, "double_blocks.0.img_attn.proj", None),
     ("diffusers q", "transformer.transformer_blocks.0.attn.to_q", AB, "double_blocks.0.img_attn.qkv", QKV_Q),
     ("diffusers v", "transformer.transformer_blocks.0.attn.add_v_proj", AB, "double_blocks.0.txt_attn.qkv",
@@ -111,7 +113,8 @@ DIALECTS = [
 SHOWN = {
     "diffusers q": "diffusers", "diffusers v": "diffusers", "diffusers single k": "diffusers",
     "diffusers single mlp": "diffusers", "old diffusers": "diffusers", "transformers": "diffusers",
-    "named PEFT": "PEFT", "XLabs img": "XLabs", "XLabs txt": "XLabs", "XLabs single": "XLabs", "Mochi": "native",
+    "named PEFT": "PEFT", "native in full": "native", "XLabs img": "XLabs", "XLabs txt": "XLabs",
+    "XLabs single": "XLabs", "Mochi": "native",
 }  # fmt: skip
 
 
