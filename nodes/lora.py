@@ -13,8 +13,9 @@ import comfy.lora
 import comfy.lora_convert
 
 from ..kernels import AdapterError
+from ..ops.dialects import Target, module_names
 from ..ops.lora_file import AdapterFile, load_adapters
-from ..ops.report import FileReport, place_of, way_of
+from ..ops.report import FileReport, modules_of, place_of, way_of
 from . import node
 from .patcher import GraftPatcher
 
@@ -58,7 +59,7 @@ def apply_lora(
         AdapterError: nothing in the file fits either.
     """
     state = comfy.lora_convert.convert_lora(dict(file.state))
-    patches = _load(state, comfy.lora.model_lora_keys_unet(model.model, {}))
+    patches = _load(state, layer_names(model, modules_of(state)))
     taken, rejected = _add(model, patches, strength) if strength else ([], {})
     report = FileReport.of(name, strength, state, patches, taken, rejected, type(model.model.model_config).__name__)
     report = replace(report, dialect=file.dialect, ways=_ways(model, taken))
@@ -69,6 +70,30 @@ def apply_lora(
     if not taken and not report.on_clip and (strength or strength_clip):
         raise AdapterError(report.line)
     return report
+
+
+def layer_names(model: Any, modules: Collection[str]) -> dict[str, Any]:
+    """The host's names for the layers of a MODEL, and ours for those of a file's `modules` that it has none for."""
+    ours = module_names(_weight_shapes(model))
+    # the host tries every name that it is given on every kind of adapter, so it gets no others
+    found = {module: _host_key(ours[module]) for module in modules if module in ours}
+    return found | comfy.lora.model_lora_keys_unet(model.model, {})
+
+
+def _host_key(target: Target) -> Any:
+    """A target as it stands in the host's maps: a parameter, or ``(parameter, part[, function])``."""
+    key, region, function = target
+    if function is not None:
+        return key, region, function
+    return key if region is None else (key, tuple(region))
+
+
+def _weight_shapes(model: Any) -> dict[str, Sequence[int]]:
+    """Shapes of weights by layer; a Graft model's state dict would show those of packed bytes."""
+    if isinstance(model, GraftPatcher):
+        return {path: layer.logical_shape for path, layer in model.graft.layers.items()}
+    weights = {key.removesuffix(".weight"): w for key, w in model.model.state_dict().items() if key.endswith(".weight")}
+    return {path: weight.shape for path, weight in weights.items() if weight.dim() > 1}
 
 
 def _load(state: dict[str, Any], key_map: dict[str, Any]) -> dict[Any, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 
+import comfy.lora
 import comfy.utils
 import folder_paths
 import pytest
 import torch
-from generation import sample, with_lora
+from generation import distance, sample, with_lora
 from loras import make_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
@@ -116,6 +117,49 @@ def test_parts_of_a_fused_layer_are_counted_as_the_file_has_them(sd3, folders, c
     ]  # fmt: skip
 
 
+# names that the host has no entry for, or not for this architecture, and one of its own for the same part
+OTHER_NAMES = {
+    "joint_blocks.0.x_block.attn.proj": "diffusion_model.joint_blocks.0.x_block.attn.proj",
+    "model.diffusion_model.joint_blocks.0.x_block.mlp.fc1": "diffusion_model.joint_blocks.0.x_block.mlp.fc1",
+    "transformer_blocks.1.attn.to_k": "transformer.transformer_blocks.1.attn.to_k",
+    "transformer.transformer_blocks.1.attn.processor.to_v": "transformer.transformer_blocks.1.attn.to_v",
+    "unet.base_model.model.transformer_blocks.2.attn.add_q_proj": "transformer.transformer_blocks.2.attn.add_q_proj",
+    "norm_out.linear": "transformer.norm_out.linear",
+}
+
+
+@pytest.mark.parametrize("on_graft", [True, False], ids=["Graft", "another loader"])
+def test_names_that_the_host_has_none_for(sd3, folders, classes, on_graft):  # noqa: F811
+    model, dense = sd3 if on_graft else (sd3[1], sd3[1])
+    known = comfy.lora.model_lora_keys_unet(dense.model, {})
+    shapes = {key: value.shape for key, value in dense.model.state_dict().items()}
+    g = torch.Generator().manual_seed(0)
+    odd, usual = {}, {}
+    for name, hosts_name in OTHER_NAMES.items():
+        target = known[hosts_name]
+        key, part = target[:2] if isinstance(target, tuple) else (target, None)
+        rows, columns = shapes[key] if part is None else (part[2], shapes[key][1])
+        up, down = 0.1 * torch.randn(rows, 4, generator=g), 0.1 * torch.randn(4, columns, generator=g)
+        odd |= {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
+        usual |= {f"{hosts_name}.lora_A.weight": down, f"{hosts_name}.lora_B.weight": up}
+    comfy.utils.save_torch_file(odd, str(folders / "loras" / "odd.safetensors"))
+    got, _, report, *_ = classes["GraftLoraStack"]().apply(model, lora_1="odd.safetensors")["result"]
+    assert report.startswith("odd.safetensors ×1.00: 6/6 layers, rank 4")
+    base, want = (sample(m, SD3) for m in (dense, with_lora(dense, usual)))
+    assert distance(want, base) > 0.1
+    if on_graft:
+        assert distance(sample(got, SD3) - sample(model, SD3), want - base) < 1e-4
+    else:
+        assert torch.equal(sample(got, SD3), want)
+
+
+def test_the_hosts_names_come_before_ours(sd3, pack, monkeypatch):  # noqa: F811
+    """The same name for two layers, and one that only we have."""
+    monkeypatch.setattr(comfy.lora, "model_lora_keys_unet", lambda model, key_map: {"x_embedder.proj": "theirs"})
+    names = pack("nodes.lora").layer_names(sd3[0], ["x_embedder.proj", "context_embedder", "nowhere"])
+    assert names == {"x_embedder.proj": "theirs", "context_embedder": "diffusion_model.context_embedder.weight"}
+
+
 def test_a_stack_passes_through_other_stackers(sd3, loras, files, classes):  # noqa: F811
     graft, _ = sd3
     node = classes["GraftLoraStack"]()
@@ -204,8 +248,6 @@ def test_what_goes_into_pictures_names_no_folder(sd3, files, folders, classes): 
 @pytest.mark.parametrize("place", ["x_block.attn.proj", "x_block.mlp.fc1"])
 def test_pefts_magnitudes_on_a_model_of_another_loader(sd3, folders, classes, place):  # noqa: F811
     """The host reads them as a column, and divides by the norm of the base."""
-    import comfy.lora
-
     _, dense = sd3
     name = f"diffusion_model.joint_blocks.0.{place}"
     weight = dense.model.state_dict()[f"{name}.weight"].float()
