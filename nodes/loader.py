@@ -16,7 +16,7 @@ import torch
 from .. import kernels
 from ..kernels import CorruptFile, UnsupportedFormat
 from ..ops.gguf_file import GGUFFile, describe, diffusion_tensors, open_gguf
-from ..ops.layers import packed_layers, unpack_leftovers
+from ..ops.layers import EmbeddingMath, packed_layers, unpack_leftovers
 from ..ops.packed import as_weight
 from . import node
 from .ops import GraftOps
@@ -35,6 +35,10 @@ REMEDY = "put it into models/diffusion_models, or choose another file"
 PROBED = ("patch_embedding", "img_in.proj", "dec_net.cond_embed")
 """Layers, all small, of whose weights the host reads more than they compute: the channels of Wan and HunyuanVideo
 models from its shape, the dtype of Z-Image's pixel decoder."""
+
+SMALL_TABLE = 1 << 18
+"""Weights of an Embedding up to which it is held decoded, 1 MiB: a host may read rows of a table without asking the
+layer for them, as Wan S2V's do, and would find bytes."""
 
 FOLLOWED = ("t_embedder.mlp.0", "x_embedder", "blocks.*.attn2.to_k")
 """Layers of Hunyuan3D 2.1 to whose weights' dtype the host casts what goes in, and with it all that comes after."""
@@ -101,11 +105,15 @@ def _declared_dtype(module: torch.nn.Module, name: str) -> torch.dtype:
 
 
 def _unpack_probed(model: torch.nn.Module) -> None:
-    """Hold weights decoded so that the host finds what it looks for: `PROBED` in fp32, `FOLLOWED` as it computes."""
+    """Hold weights decoded so that the host finds what it looks for.
+
+    `PROBED` and small tables are in fp32, `FOLLOWED` as the host computes.
+    """
     for path, layer in packed_layers(model.diffusion_model).items():
         if layer.fmt is None or not layer.fmt.is_quantized:
             continue
-        if path in PROBED:
+        small_table = isinstance(layer, EmbeddingMath) and layer.logical_shape.numel() <= SMALL_TABLE
+        if path in PROBED or small_table:
             layer.load_weight(layer.dequantized())
         elif any(fnmatch.fnmatchcase(path, pattern) for pattern in FOLLOWED):
             layer.load_weight(layer.dequantized(dtype=model.manual_cast_dtype or model.get_dtype()))
