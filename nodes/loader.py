@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_detection
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -17,7 +18,7 @@ from .. import kernels
 from ..kernels import CorruptFile, UnsupportedFormat
 from ..ops.gguf_file import GGUFFile, describe, diffusion_tensors, open_gguf
 from ..ops.layers import EmbeddingMath, packed_layers, unpack_leftovers
-from ..ops.packed import as_weight
+from ..ops.packed import as_weight, convert_rows
 from . import node
 from .ops import GraftOps
 from .patcher import Graft, GraftPatcher, adopt, make_savable
@@ -73,7 +74,7 @@ def load_diffusion_model(
         NoBackend: the backend cannot run here.
     """
     file = open_gguf(path)
-    state = {name: as_weight(tensor) for name, tensor in diffusion_tensors(file).items()}
+    state = _in_hosts_names({name: as_weight(tensor) for name, tensor in diffusion_tensors(file).items()})
     device = comfy.model_management.get_torch_device()
     choice = kernels.choose(torch.device(device), None, backend)
     dtype = COMPUTE_DTYPES[compute_dtype]
@@ -97,6 +98,13 @@ def load_diffusion_model(
     make_savable(patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype, backend))
     return adopt(patcher)
+
+
+def _in_hosts_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` as the host would rename it from diffusers' names, which it does where it knows no architecture."""
+    if comfy.model_detection.model_config_from_unet(dict(state), "") is not None:
+        return state
+    return convert_rows(state, comfy.model_detection.convert_diffusers_mmdit) or state
 
 
 def _declared_dtype(module: torch.nn.Module, name: str) -> torch.dtype:

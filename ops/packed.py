@@ -8,14 +8,15 @@ dequantizes and goes on with an ordinary tensor. The bytes are only ever read.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..kernels import Format, dequantize
+from ..kernels import CorruptFile, Format, dequantize
 from .gguf_file import GGUFTensor
 
 _aten = torch.ops.aten
@@ -245,3 +246,65 @@ def as_weight(tensor: GGUFTensor) -> torch.Tensor:
         return PackedTensor(tensor.data, tensor.fmt, tensor.shape)
     assert tensor.fmt.dtype is not None
     return tensor.data.view(tensor.fmt.dtype).reshape(tensor.shape)
+
+
+State = Mapping[str, torch.Tensor]
+
+
+def convert_rows(state: State, convert: Callable[[dict], dict | None]) -> dict[str, torch.Tensor] | None:
+    """What a host's conversion of names makes of a state dict, exactly: packed rows of one format stay packed.
+
+    A host joins layers in memory that it makes for floats of the first part's dtype. Here it is given numbers in the
+    place of rows, and where those end up the rows are taken to.
+
+    Args:
+        convert: takes a dict, from which it may remove entries, and returns another or None. Tensors are moved whole,
+            cut and joined along dimension 0; it sees one dimension of each.
+
+    Returns:
+        what `convert` returns; parts of several formats joined in fp32, or the widest of their dtypes.
+
+    Raises:
+        CorruptFile: a part of a joined tensor is missing.
+    """
+    tensors = list(state.values())
+    rows = [max((1, *tensor.shape[:1])) for tensor in tensors]
+    # with a gap behind each tensor, so that a run of numbers never spans two
+    starts = list(itertools.accumulate((count + 1 for count in rows), initial=0))[:-1]
+    numbers = {name: torch.arange(s, s + n) for name, s, n in zip(state, starts, rows, strict=True)}
+    left = dict(numbers)
+    converted = convert(left)
+    if converted is None:
+        return None
+    used = sum(n for name, n in zip(state, rows, strict=True) if name not in left)
+    if used < sum(order.numel() for order in converted.values()):
+        raise CorruptFile("layers that this host joins are incomplete in the file: get it from another source")
+
+    def rows_of(run: torch.Tensor) -> torch.Tensor:
+        source = bisect.bisect_right(starts, int(run[0])) - 1
+        first = int(run[0]) - starts[source]
+        return _exact_rows(tensors[source], first, first + run.numel())
+
+    return {name: _joined([rows_of(run) for run in _runs(order)]) for name, order in converted.items()}
+
+
+def _runs(numbers: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`numbers` ``[n]``, cut where one does not follow on the one before."""
+    return numbers.tensor_split((numbers.diff() != 1).nonzero().flatten() + 1)
+
+
+def _exact_rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    if not tensor.dim() or stop - start == tensor.shape[0]:
+        return tensor
+    if isinstance(tensor, PackedTensor) and not tensor.rows_are_whole:
+        tensor = tensor.dequantize(torch.float32)
+    return tensor[start:stop]
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    formats = {part.fmt if isinstance(part, PackedTensor) and part.rows_are_whole else None for part in parts}
+    if len(formats) > 1 or None in formats:
+        parts = [p.dequantize(torch.float32) if isinstance(p, PackedTensor) else p for p in parts]
+    return torch.cat(list(parts))

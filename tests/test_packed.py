@@ -10,10 +10,10 @@ import pickle
 import oracle
 import pytest
 import torch
-from graft.kernels import by_name
+from graft.kernels import CorruptFile, by_name
 from graft.ops.gguf_file import open_gguf
 from graft.ops.layers import unpack_leftovers
-from graft.ops.packed import PackedTensor, as_weight
+from graft.ops.packed import PackedTensor, as_weight, convert_rows
 from graft.tests.gguf_samples import write_gguf
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -372,3 +372,60 @@ def test_weights_of_a_file(tmp_path):
     for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16), ("F32", torch.float32)):
         assert type(weights[name]) is torch.Tensor
         assert torch.equal(weights[name], torch.from_numpy(values).to(dtype))
+
+
+# A host's conversion of names
+
+
+def joining(state):
+    """Joins q, k and v and swaps the halves of a modulation, in memory made for the part that comes first."""
+    if "q" not in state and "k" not in state:
+        return None
+    made = {}
+    for name, start in (("q", 0), ("k", ROWS), ("v", 2 * ROWS)):
+        if name in state:
+            part = state.pop(name)
+            old = made.get("qkv", torch.empty_like(part))
+            made["qkv"] = torch.empty(max(len(old), start + len(part)), *part.shape[1:], dtype=part.dtype)
+            made["qkv"][: len(old)] = old
+            made["qkv"].narrow(0, start, len(part))[:] = part
+    made["plain"] = state.pop("norm")
+    shift, scale = state.pop("mod").chunk(2)
+    made["swapped"] = torch.cat([scale, shift])
+    return made
+
+
+def test_a_hosts_conversion_moves_packed_rows():
+    parts = {name: packed(seed=i) for i, name in enumerate(("q", "k", "v", "mod"))}
+    norm = torch.rand(())
+    state = {name: tensor for name, (tensor, _) in parts.items()} | {"norm": norm, "left": torch.rand(4)}
+    got = convert_rows(state, joining)
+    assert list(got) == ["qkv", "plain", "swapped"] and len(state) == 6
+    assert isinstance(got["qkv"], PackedTensor) and isinstance(got["swapped"], PackedTensor)
+    check(got["qkv"], torch.cat([parts[name][1] for name in "qkv"]))
+    check(got["swapped"], parts["mod"][1].roll(ROWS // 2, 0))
+    assert got["plain"] is norm
+
+
+@pytest.mark.parametrize("other", ["Q6_K", "BF16", "rows that end inside a block"])
+def test_a_hosts_conversion_rounds_nothing(other):
+    (q, want_q), (k, want_k), (v, want_v), (mod, want_mod) = (packed(seed=i) for i in range(4))
+    if other == "Q6_K":
+        v, want_v = packed("Q6_K", seed=2)
+    elif other == "BF16":
+        v = want_v.to(torch.bfloat16)
+        want_v = v.float()
+    else:
+        (q, want_q), (k, want_k), (v, want_v), (mod, want_mod) = (packed(shape=(ROWS, 128), seed=i) for i in range(4))
+    got = convert_rows({"q": q, "k": k, "v": v, "mod": mod, "norm": torch.rand(4)}, joining)
+    assert got["qkv"].dtype == torch.float32 and torch.equal(got["qkv"], torch.cat([want_q, want_k, want_v]))
+    assert torch.equal(got["swapped"].to(torch.float32), want_mod.roll(ROWS // 2, 0))
+
+
+def test_a_hosts_conversion_of_too_little():
+    mod, norm = packed()[0], torch.rand(4)
+    assert convert_rows({"mod": mod, "norm": norm}, joining) is None
+    with pytest.raises(CorruptFile, match="incomplete"):
+        convert_rows({"k": packed()[0], "mod": mod, "norm": norm}, joining)
+    none = convert_rows({"q": packed()[0], "mod": mod, "norm": torch.empty(0, 4)}, joining)
+    assert none["plain"].shape == (0, 4)
