@@ -130,6 +130,22 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         stack = self.hook_residuals.setdefault(hook.hook_ref, ResidualStack(merge=self.residuals.merge))
         return taken + self._add(stack, ours, strength_patch, strength_model)
 
+    def add_weight_wrapper(self, name: str, function: Any) -> None:
+        """What a trainer puts around a weight; it sees the decoded one.
+
+        Raises:
+            GraftError: it was made for the shape of packed bytes, which the host's trainer takes for the weight's.
+        """
+        layer = self.graft.layer_of(name)
+        if layer is not None and layer.fmt is not None and layer.fmt.is_quantized and name.endswith(".weight"):
+            parameters = function.parameters() if isinstance(function, torch.nn.Module) else ()
+            if any(parameter.shape == layer.weight.shape for parameter in parameters):
+                raise GraftError(
+                    f"Train LoRA cannot make factors for {name}, which is quantized: train on this model as "
+                    "safetensors, the LoRA runs on the GGUF"
+                )
+        super().add_weight_wrapper(name, function)
+
     def _sort(self, patches: Mapping) -> tuple[dict, dict]:
         ours: dict = {}
         theirs: dict = {}

@@ -6,6 +6,7 @@ import inspect
 
 import comfy.lora
 import comfy.utils
+import comfy_extras.nodes_train
 import folder_paths
 import pytest
 import torch
@@ -295,6 +296,31 @@ def test_errors_say_what_to_do(sd3, files, classes):  # noqa: F811
     assert node.apply(graft, lora_2="gone.safetensors", enabled_2=False)["result"][0] is graft
     loader = classes["GraftUNETLoader"]
     assert "models/diffusion_models" in loader.VALIDATE_INPUTS("gone.gguf")
+
+
+def train(model):
+    """ComfyUI's Train LoRA, two steps; newer hosts give it a list of each input, and have more of them."""
+    node = comfy_extras.nodes_train.TrainLoraNode
+    listed = hasattr(node, "execute")
+    values = {
+        "model": model, "latents": {"samples": torch.ones(SD3.latent)}, "positive": SD3.conditioning(), "batch_size": 1,
+        "steps": 2, "grad_accumulation_steps": 1, "learning_rate": 5e-4, "rank": 4, "optimizer": "AdamW",
+        "loss_function": "MSE", "seed": 0, "training_dtype": "bf16", "lora_dtype": "fp32", "algorithm": "LoRA",
+        "gradient_checkpointing": False, "existing_lora": "[None]", "quantized_backward": False,
+        "checkpoint_depth": 1, "offloading": False, "bucket_mode": False, "bypass_mode": False,
+    }  # fmt: skip
+    run = node.execute if listed else node().train
+    known = inspect.signature(run).parameters
+    return run(**{name: [value] if listed else value for name, value in values.items() if name in known})
+
+
+def test_training_says_what_to_do(sd3, pack):  # noqa: F811
+    graft, dense = sd3
+    before = sample(graft, SD3)
+    train(dense)
+    with pytest.raises(pack("kernels").GraftError, match="which is quantized: train on this model as safetensors"):
+        train(graft)
+    assert torch.equal(sample(graft, SD3), before)
 
 
 def test_inspect_says_which_way_each_layer_takes(sd3, loras, classes):  # noqa: F811
