@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -61,11 +61,12 @@ def apply_lora(
     state = comfy.lora_convert.convert_lora(dict(file.state))
     patches = _load(state, layer_names(model, modules_of(state)))
     taken, rejected = _add(model, patches, strength) if strength else ([], {})
-    report = FileReport.of(name, strength, state, patches, taken, rejected, type(model.model.model_config).__name__)
+    kind = type(model.model.model_config).__name__
+    report = FileReport.of(name, strength, state, dict(ChainMap(*patches)), taken, rejected, kind)
     report = replace(report, dialect=file.dialect, ways=_ways(model, taken))
     if clip is not None:
         for_clip = _load(state, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
-        found = clip.add_patches(for_clip, strength_clip) if strength_clip else []
+        found = [key for part in for_clip if strength_clip for key in clip.add_patches(part, strength_clip)]
         report = replace(report, on_clip=len({place_of(key) for key in found}))
     if not taken and not report.on_clip and (strength or strength_clip):
         raise AdapterError(report.line)
@@ -96,16 +97,36 @@ def _weight_shapes(model: Any) -> dict[str, Sequence[int]]:
     return {path: weight.shape for path, weight in weights.items() if weight.dim() > 1}
 
 
-def _load(state: dict[str, Any], key_map: dict[str, Any]) -> dict[Any, Any]:
-    return comfy.lora.load_lora(state, key_map, log_missing=False)
+_WHOLE = {".diff", ".set_weight"}
+_BESIDE_WHOLE = _WHOLE | {".diff_b", ".diff_m", ".alpha"}
 
 
-def _add(model: Any, patches: dict[Any, Any], strength: float) -> tuple[list, dict[str, str]]:
+def _load(state: dict[str, Any], names: dict[str, Any]) -> list[dict[Any, Any]]:
+    """What the host's loader finds in a file, as patches to put on one after another, and what it would lose.
+
+    It keeps one patch for a parameter, so that a difference would take the place of factors; and the bias of a part of
+    a layer gets a key of no parameter.
+    """
+    again, biases, on_parts = set(), set(), {}
+    for module, fields in modules_of(state).items():
+        if fields.keys() - _BESIDE_WHOLE:
+            again |= {fields[field] for field in _WHOLE & fields.keys()}
+        target = names.get(module)
+        if ".diff_b" in fields and isinstance(target, tuple):
+            biases.add(fields[".diff_b"])
+            key = (target[0].removesuffix("weight") + "bias", *target[1:])
+            on_parts[key] = ("diff", (state[fields[".diff_b"]],))
+    passes = ({k: state[k] for k in state if k in part} for part in (state.keys() - again - biases, again))
+    found = [comfy.lora.load_lora(part, names, log_missing=False) for part in passes]
+    return [patches for patches in (*found, on_parts) if patches]
+
+
+def _add(model: Any, passes: Sequence[dict[Any, Any]], strength: float) -> tuple[list, dict[str, str]]:
     """The keys that `model` takes, and why it rejects others of these."""
     if not isinstance(model, GraftPatcher):
-        return model.add_patches(patches, strength), {}
+        return [key for patches in passes for key in model.add_patches(patches, strength)], {}
     before, model.rejected = model.rejected, {}
-    taken = model.add_patches(patches, strength)
+    taken = [key for patches in passes for key in model.add_patches(patches, strength)]
     rejected, model.rejected = model.rejected, before | model.rejected
     return taken, rejected
 

@@ -161,6 +161,31 @@ def test_the_hosts_names_come_before_ours(sd3, pack, monkeypatch):  # noqa: F811
     assert names == {"x_embedder.proj": "theirs", "context_embedder": "diffusion_model.context_embedder.weight"}
 
 
+def test_what_the_hosts_loader_would_lose(sd3, folders, classes):  # noqa: F811
+    """A difference beside factors of the same layer, and the bias of a part of a fused one."""
+    dense = sd3[1]
+    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    weight = dense.model.state_dict()[f"{key}.weight"]
+    width, g = weight.shape[1], torch.Generator().manual_seed(3)
+    name = "transformer.transformer_blocks.0.attn.to_k"
+    factors = {
+        f"{name}.lora_A.weight": torch.randn(8, width, generator=g) / width**0.5,
+        f"{name}.lora_B.weight": torch.randn(width, 8, generator=g) / 8,
+    }
+    whole = {f"{name}.diff": torch.randn(width, width, generator=g) / width**0.5}
+    bias = {f"{name}.diff_b": torch.randn(width, generator=g)}
+    comfy.utils.save_torch_file(factors | whole | bias, str(folders / "loras" / "both.safetensors"))
+    want = with_lora(with_lora(dense, factors), whole).clone()
+    assert want.add_patches({(f"{key}.bias", (0, width, width)): ("diff", (bias[f"{name}.diff_b"],))})
+    for model in sd3:
+        got, _, report, *_ = classes["GraftLoraStack"]().apply(model, lora_1="both.safetensors")["result"]
+        assert report.startswith("both.safetensors ×1.00: 1/1 layers, full, rank 8")
+        base = sample(model, SD3)
+        effect = sample(want, SD3) - base
+        assert distance(sample(got, SD3) - base, effect) < 1e-4
+        assert effect.norm() > 0.01 * base.norm()
+
+
 def test_a_stack_passes_through_other_stackers(sd3, loras, files, classes):  # noqa: F811
     graft, _ = sd3
     node = classes["GraftLoraStack"]()
