@@ -10,6 +10,7 @@ because a host that patches an F16 weight rounds the LoRA to fp16.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,22 @@ def format_of(tensor: torch.Tensor) -> Format:
     if isinstance(tensor, PackedTensor):
         return tensor.fmt
     return by_name(_FLOATS.get(tensor.dtype, "F32"))
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What torch's own layers would multiply x in and give back under `torch.autocast`; None where that is off."""
+    if not _is_autocast(x.device):
+        return None
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Computes on tensors of this device in the dtypes that they have."""
+    return torch.autocast(device.type, enabled=False) if _is_autocast(device) else contextlib.nullcontext()
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 class PackedLayer(nn.Module):
@@ -104,6 +121,14 @@ class PackedLayer(nn.Module):
                 f"a {type(self).__name__} of shape {list(self.logical_shape)} was given {x.dtype}: this model's code "
                 "casts to the dtype of its weights, which is that of packed bytes; use a file of it that is not GGUF"
             )
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return self._run(x)
+        # inside it would change the dtype of some of a layer's products, and not of those that add into the output
+        with without_autocast(x.device):
+            return self._run(x.to(dtype))
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
         data, bias, release = self.fetch(x)
         try:
             if self.residual is None:
@@ -216,7 +241,8 @@ class EmbeddingMath(PackedLayer):
         usual = self.dtype
         try:
             self.dtype = out_dtype or usual
-            return self.compute(x, data) if self.residual is None else self.residual(x, self, data, None)
+            with without_autocast(x.device):  # which leaves torch's own embeddings as they are
+                return self.compute(x, data) if self.residual is None else self.residual(x, self, data, None)
         finally:
             self.dtype = usual
             release()

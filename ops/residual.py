@@ -39,7 +39,7 @@ from .kinds import (
     Set,
     merge,
 )  # fmt: skip
-from .layers import EmbeddingMath, PackedLayer
+from .layers import EmbeddingMath, PackedLayer, without_autocast
 from .layout import Layout, Operator
 
 log = logging.getLogger(__name__)
@@ -676,8 +676,13 @@ class ResidualStack:
             self._residuals, self._scales, self._dtype = None, {}, dtype
         planned = self.planned(layers)
         if self._residuals is None:
-            for name, residual in planned.items():
-                residual.build(layers[name], cache, dtype)
+            weights = (layers[name].weight for name in planned)
+            with contextlib.ExitStack() as stack:
+                # what is worked out here is kept, and not for this call alone
+                for device in {torch.device("cpu"), *(weight.device for weight in weights if weight is not None)}:
+                    stack.enter_context(without_autocast(device))
+                for name, residual in planned.items():
+                    residual.build(layers[name], cache, dtype)
             self._residuals = planned
         self._factors = cache.module([member for r in planned.values() for member, _ in r.members], keep)
         return self._factors

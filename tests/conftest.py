@@ -20,6 +20,8 @@ def bind(root: Path = ROOT, name: str = "graft") -> None:
 
 
 bind()
+# `python -m pytest` puts the checkout on the path, where transformers would take `kernels` for a package of that name
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 sys.path.append(str(Path(__file__).parent))  # for `import oracle`: importlib mode leaves the path alone
 # pytest imports the root package of a conftest by its folder's name, or as `__init__` if that is no name that Python
 # could import: give it one that does nothing

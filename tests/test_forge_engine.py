@@ -207,6 +207,20 @@ def test_callables_on_the_layer_become_residuals(engine: Engine, kind: str) -> N
     assert torch.equal(model.linear(x), base) and state_of(model.linear).residual is None
 
 
+def test_under_autocast_a_layer_gives_what_forges_own_gives(engine: Engine) -> None:
+    model, x = model_for(engine), activations()
+    engine.host.patcher(model).add_patches({"linear.weight": adapter()}, 0.5, filename="a")
+    for dtype in ("auto", "fp32"):
+        engine.configure(Settings(dtype=dtype))
+        wanted = model.linear(x.bfloat16() if dtype == "auto" else x).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.linear(x), wanted)
+    assert set(engine.counts) == {("residual", "")} and model.linear.forwards == 0
+    engine.configure(Settings(mode="off"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.linear(x).dtype == torch.bfloat16
+
+
 def test_patches_of_offloaded_layers_are_read_too(engine: Engine) -> None:
     model, x = model_for(engine), activations()
     base, lora = model.linear(x), adapter()

@@ -294,6 +294,28 @@ def test_weights_that_a_host_has_decoded_are_used_as_they_are():
         assert torch.equal(layer.dequantized(data), data.float())
 
 
+@every_layer
+def test_under_autocast_a_layer_computes_as_torchs_own_does(case):
+    layer, twin = loaded(case, by_name("Q4_K"))
+    x = normal(*case[-1], seed=3)
+    for dtype in DTYPES:
+        with torch.autocast("cpu", torch.bfloat16):
+            got, wanted = layer(x.to(dtype)), twin.to(dtype)(x.to(dtype))
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        assert torch.equal(got, layer(x.to(dtype).bfloat16()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert twin.double()(x.double()).dtype == torch.float64
+        assert torch.equal(layer(x.double()), layer.compute(x.double(), layer.weight.data, layer.bias))
+
+
+def test_autocast_leaves_an_embedding_as_it_is():
+    layer = layers.Embedding(12, 256)
+    weight, dense = weight_for(layer, by_name("Q4_K"))
+    layer.load_state_dict({"weight": weight})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(torch.tensor([3, 7])), dense[[3, 7]])
+
+
 # Loading
 
 

@@ -390,6 +390,44 @@ def test_a_gradient_passes_through_factors_that_a_host_has_moved_in_inference_mo
     torch.testing.assert_close(x.grad, weight.sum(0).expand(x.shape), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", sorted(samples.KINDS))
+@pytest.mark.parametrize("shape", [(48, 32), (16, 8, 3, 3)], ids=["linear", "conv"])
+def test_under_autocast_adapters_run_in_its_dtype(kind: str, shape) -> None:
+    r = Sampler(11, torch.float32)
+    layer, x = make_layer(shape, r(*shape, scale=1.0), r(shape[0])), make_input(shape, r)
+    value, bias = samples.KINDS[kind](r, shape), (Patch(0.5, Diff(r(shape[0]))),)
+    wanted = run(layer, x.bfloat16(), [patch_of(value, shape, 0.7)], bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(run(layer, x.to(dtype), [patch_of(value, shape, 0.7)], bias), wanted)
+        got = x.clone().requires_grad_()
+        run(layer, got, [patch_of(value, shape, 0.7)], bias).sum().backward()
+    assert got.grad.dtype == torch.float32 and got.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_under_autocast_an_embedding_keeps_its_precision(kind: str) -> None:
+    r = Sampler(11, torch.float32)
+    layer, x = layers.Embedding(*SHAPE), torch.tensor([[0, 3, 3], [47, 9, 20]])
+    layer.load_weight(r(*SHAPE, scale=1.0))
+    patch = patch_of(samples.KINDS[kind](r, SHAPE), SHAPE, 0.7)
+    wanted = run(layer, x, [patch])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(layer, x, [patch]), wanted)
+
+
+@pytest.mark.parametrize("kind", sorted(samples.KINDS))
+def test_factors_that_were_built_under_autocast_keep_their_digits(kind: str) -> None:
+    r = Sampler(11, torch.float32)
+    layer, value = make_layer(SHAPE, r(*SHAPE, scale=1.0)), samples.KINDS[kind](r, SHAPE)
+    built = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            built.append(stack_of(patch_of(value, SHAPE, 0.7)).build({"layer": layer}, FactorCache()))
+    for plain, cast in zip(*(module.parameters() for module in built), strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_an_unknown_kind_without_a_host_is_an_error(r: Sampler) -> None:
     layer, x = make_layer(SHAPE, r(*SHAPE, scale=1.0)), make_input(SHAPE, r)
     with pytest.raises(AdapterError, match=r"layer.weight: adapter kind 'new' is unknown here, and there is no host"):
@@ -411,9 +449,10 @@ def test_factors_that_are_elsewhere_come_along(r: Sampler) -> None:
     assert {t.device.type for t in (moved.down, moved.scale, moved.ups[0][2])} == {"meta"}
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("kind", ["", "lora", "lokr", "oft", "boft rescaled", "dora out", "dora in", "glora", "loha"])
 @pytest.mark.parametrize("shape", [(48, 32), (16, 8, 3, 3)], ids=["linear", "conv"])
-def test_a_layer_is_one_graph(kind: str, shape) -> None:
+def test_a_layer_is_one_graph(kind: str, shape, autocast: bool) -> None:
     r = Sampler(5, torch.float32)
     layer, x, cache = make_layer(shape, r(*shape, scale=1.0), r(shape[0])), make_input(shape, r), FactorCache()
     graphs = []
@@ -428,6 +467,6 @@ def test_a_layer_is_one_graph(kind: str, shape) -> None:
     for s in (0.5, 0.25, -1.0):
         stack = stack_of(*([patch_of(value, shape, s)] if kind else []))
         stack.build({"layer": layer}, cache)
-        with stack.active({"layer": layer}, CPU):
+        with stack.active({"layer": layer}, CPU), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-4)
     assert len(graphs) == 1  # a strength is data

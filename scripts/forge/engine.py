@@ -25,7 +25,7 @@ from torch import nn
 
 from ...kernels import FORMATS, Format, GraftError, NoBackend, UnsupportedFormat, by_name, choose, dequantize
 from ...ops.adapters import Patch
-from ...ops.layers import LinearMath, format_of
+from ...ops.layers import LinearMath, autocast_dtype, format_of, without_autocast
 from ...ops.residual import FactorCache, ResidualStack, RunningResidual
 from . import layout, patches
 from .host import Host
@@ -352,17 +352,18 @@ class Engine:
         return original(layer, x)
 
     def _run(self, layer: nn.Module, state: LayerState, x: torch.Tensor) -> torch.Tensor:
-        dtype = DTYPES[self.settings.dtype] or x.dtype
+        wanted = autocast_dtype(x) or x.dtype
+        dtype = DTYPES[self.settings.dtype] or wanted
         data = self.data(layer, state)
         bias = None if layer.bias is None else _plain(layer.bias)
         state.math.backend = self.backend(x.device, state.fmt)
         self._gather(layer, state, data, bias, dtype, x.device)
         residual = state.residual
-        with self.host.on_device(data, bias, x.device) as (data, bias):
+        with self.host.on_device(data, bias, x.device) as (data, bias), without_autocast(x.device):
             h = x.to(dtype)
             y = state.math.compute(h, data, bias) if residual is None else residual(h, state.math, data, bias)
         self.counts[state.path or "base", state.reason] += 1
-        return y.to(x.dtype)
+        return y.to(wanted)
 
     def backend(self, device: torch.device, fmt: Format) -> str:
         """The backend asked for, or the best one where that cannot run."""

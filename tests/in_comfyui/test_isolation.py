@@ -107,6 +107,16 @@ def test_strengths_add_up_as_in_comfyui(sd3, loras):  # noqa: F811
         assert distance(sample(with_lora(graft, loras[0], strength), SD3) - ours, want) < 1e-4
 
 
+def test_sampling_under_autocast_is_as_exact_as_comfyuis(sd3, loras, alone):  # noqa: F811
+    """As nodes open it around a sampler."""
+    graft, dense = sd3
+    exact = sample(with_lora(dense, loras[0]), SD3)
+    with torch.autocast("cpu", torch.bfloat16):
+        host, ours = (sample(with_lora(model, loras[0]), SD3) for model in (dense, graft))
+    assert 0 < distance(ours, exact) < 2 * distance(host, exact)
+    assert torch.equal(sample(with_lora(graft, loras[0]), SD3), alone["first"])
+
+
 def test_a_strength_of_zero_is_the_base(sd3, loras, alone):  # noqa: F811
     graft, _ = sd3
     zero = graft.clone()
