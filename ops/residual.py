@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdRef
 
 from ..kernels import AdapterError, LowRank, decoded_rows, is_slow
 from .kinds import (
@@ -61,11 +62,13 @@ class LayerFactors(nn.Module):
         places: ``(start, first)`` of each: its first output row and its first rank.
         order: for each rank group of `down`, the index of its patch and its own scale alpha / r.
         size: how many strengths it reads.
+        sources: the tensors that it was made of, and what happens when one of them goes (`FactorCache`).
     """
+
+    sources: Sequence[weakref.ref[torch.Tensor]] = ()
 
     def __init__(self, patches: Sequence[Patch], shape: torch.Size, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.sources = [p.adapter for p in patches]  # keeps the identities in the cache's key alive
         by_rows: dict[tuple[int, int], list[int]] = {}
         for index, patch in enumerate(patches):
             by_rows.setdefault(_output_rows(patch.region, shape), []).append(index)
@@ -106,7 +109,9 @@ class LayerFactors(nn.Module):
         ups = tuple((start, first, getattr(self, f"up{i}")) for i, (start, first) in enumerate(self.places))
         return LowRank(self.down, scale, ups)
 
-    def run(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, patches: Sequence[Patch], at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
         """``F(x) + ((x Aᵀ) ∘ S) Bᵀ`` around any F."""
         y = f(x)
         t = at.own(x, self.down) * at.spread(s, x)
@@ -120,21 +125,19 @@ class LayerFactors(nn.Module):
 
 
 class Term(nn.Module):
-    """One patch as an operator around the layer so far; a leaf module with what its form reads.
+    """What the form of one patch reads, an operator around the layer so far; a leaf module.
 
     Attributes:
-        adapter: whose form it is.
-        region: the part of the weight that it is about.
         size: how many strengths it reads.
+        sources: as those of `LayerFactors`, also of the patches before it if it depends on them.
     """
 
     size = 1
+    sources: Sequence[weakref.ref[torch.Tensor]] = ()
 
     def __init__(self, patch: Patch, current: LayerWeight, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.adapter, self.region = patch.adapter, patch.region
-        self.sources = [p.adapter for p in current.before]
-        for name, tensor in self.adapter.tensors(current).items():
+        for name, tensor in patch.adapter.tensors(current).items():
             # matrices in the dtype of the matmul; a vector such as DoRA's c keeps its digits
             stored = _stored(tensor, dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
             self.register_parameter(name, nn.Parameter(_ordinary(stored), requires_grad=False))
@@ -142,31 +145,37 @@ class Term(nn.Module):
     def slots(self, patches: Sequence[Patch]) -> list[float]:
         return [patches[0].strength]
 
-    def run(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The patched layer's output."""
-        s = s.reshape(())
-        if self.region is None:
-            return self.adapter.operator(self, at, f, x, s)
-        if self.region.dim == 0:
-            return self._run_on_rows(at, f, s, x, self.region)
-        return self._run_on_columns(at, f, s, x, self.region)
+    def run(
+        self, patches: Sequence[Patch], at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        """The patched layer's output; `patches` is the one patch, or another of the same adapter."""
+        adapter, region, s = patches[0].adapter, patches[0].region, s.reshape(())
+        if region is None:
+            return adapter.operator(self, at, f, x, s)
+        if region.dim == 0:
+            return self._run_on_rows(adapter, at, f, s, x, region)
+        return self._run_on_columns(adapter, at, f, s, x, region)
 
-    def _run_on_rows(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor, rows: Region) -> torch.Tensor:
+    def _run_on_rows(
+        self, adapter: Adapter, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor, rows: Region
+    ) -> torch.Tensor:
         y = f(x)
         part = at.narrow(y, rows.start, rows.length)
-        if self.adapter.from_output:
-            patched = self.adapter.output(self, at, part, x, s)
+        if adapter.from_output:
+            patched = adapter.output(self, at, part, x, s)
         else:
             # it needs these rows of the layer on another x: a second call
-            patched = self.adapter.operator(self, at, lambda z: at.narrow(f(z), rows.start, rows.length), x, s)
+            patched = adapter.operator(self, at, lambda z: at.narrow(f(z), rows.start, rows.length), x, s)
         if patched is not part:
             part.copy_(patched)
         return y
 
-    def _run_on_columns(self, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor, cols: Region) -> torch.Tensor:
+    def _run_on_columns(
+        self, adapter: Adapter, at: Layout, f: Operator, s: torch.Tensor, x: torch.Tensor, cols: Region
+    ) -> torch.Tensor:
         part = at.narrow(x, cols.start, cols.length)
-        if self.adapter.additive:
-            return self.adapter.output(self, at, f(x), part, s)
+        if adapter.additive:
+            return adapter.output(self, at, f(x), part, s)
         # W x = W₁ x₁ + W₂ x₂, and only W₁ changes
         rest = x.clone()
         at.narrow(rest, cols.start, cols.length).zero_()
@@ -176,7 +185,7 @@ class Term(nn.Module):
             at.narrow(wide, cols.start, cols.length).copy_(z)
             return f(wide)
 
-        return self.adapter.operator(self, at, on_part, part, s).add_(f(rest))
+        return adapter.operator(self, at, on_part, part, s).add_(f(rest))
 
 
 def _output_rows(region: Region | None, shape: torch.Size) -> tuple[int, int]:
@@ -342,7 +351,7 @@ class RunningResidual:
     Attributes:
         residual: what runs.
         low_rank: the part that goes into the layer's own kernel.
-        steps: what goes around that, each with its strengths.
+        steps: what goes around that, each with its patches and their strengths.
         bias: in place of the layer's own.
     """
 
@@ -350,13 +359,13 @@ class RunningResidual:
         self, residual: LayerResidual, scale: torch.Tensor, bias: torch.Tensor | None, host: Merging | None
     ) -> None:
         self.residual, self.bias, self.host = residual, bias, host
-        members = [member for member, _ in residual.members]
-        parts = scale.split([member.size for member in members]) if members else ()
-        self.steps = list(zip(members, parts, strict=True))
+        members = residual.members
+        parts = scale.split([member.size for member, _ in members]) if members else ()
+        self.steps = [(member, patches, s) for (member, patches), s in zip(members, parts, strict=True)]
         self.low_rank: LowRank | None = None
         lowest = self.steps[0][0] if self.steps else None
         if isinstance(lowest, LayerFactors):
-            self.low_rank = lowest.low_rank(self.steps.pop(0)[1])
+            self.low_rank = lowest.low_rank(self.steps.pop(0)[2])
 
     def __call__(
         self, x: torch.Tensor, layer: PackedLayer, data: torch.Tensor, bias: torch.Tensor | None
@@ -381,8 +390,8 @@ class RunningResidual:
         if x.dim() == len(at.kernel) + 1 and at.kernel:
             return self(x.unsqueeze(0), layer, data, bias).squeeze(0)
         f: Operator = functools.partial(layer.compute, data=data, low_rank=low_rank)
-        for member, s in self.steps:
-            f = functools.partial(member.run, at, f, s.to(x.device))
+        for member, patches, s in self.steps:
+            f = functools.partial(member.run, patches, at, f, s.to(x.device))
         y = f(x)
         return y if bias is None else y.add_(at.spread(_lengthened(bias, y.shape[at.axis]), y))
 
@@ -500,7 +509,7 @@ def _runs(patches: Sequence[Patch]) -> Iterator[list[Patch]]:
         yield run
 
 
-_Module = TypeVar("_Module", bound=nn.Module)
+_Member = TypeVar("_Member", LayerFactors, Term)
 
 
 class FactorSet:
@@ -543,7 +552,8 @@ class FactorCache:
     """The factors of each layer and its adapters: a new strength finds the ones that are there already, but for BOFT's.
 
     A stack keeps its own alive, and so do its copies. The last few are kept beyond that, since hosts drop a branch
-    before they build the next one.
+    before they build the next one, but none whose adapters are gone: a member holds no tensor of a file, and is let
+    go of as soon as one that it was made of is.
 
     Attributes:
         row_norms: of base weights, for DoRA.
@@ -557,6 +567,10 @@ class FactorCache:
         self._keep = keep
         self.row_norms: dict[tuple[str, Region | None], torch.Tensor] = {}
 
+    def __deepcopy__(self, memo: dict) -> FactorCache:
+        """That of a copy of the layers: none are built yet."""
+        return FactorCache(self._keep)
+
     def factors(self, key: str, patches: Sequence[Patch], shape: torch.Size, dtype: torch.dtype | None) -> LayerFactors:
         identity = (key, shape, dtype, *((_identity(p.adapter), p.region) for p in patches))
         return self._find(identity, lambda: LayerFactors(patches, shape, dtype))
@@ -567,10 +581,12 @@ class FactorCache:
         identity = (current.name, current.shape, dtype, _identity(patch.adapter), patch.region, before)
         return self._find(identity, lambda: Term(patch, current, dtype))
 
-    def _find(self, identity: tuple, make: Callable[[], _Module]) -> _Module:
+    def _find(self, identity: tuple, make: Callable[[], _Member]) -> _Member:
         found = self._members.get(identity)
         if found is None:
             found = self._members[identity] = make()
+            gone = functools.partial(_let_go, weakref.ref(self), id(found))
+            found.sources = [weakref.ref(tensor, gone) for tensor in _tensors_in(identity)]
         return found  # type: ignore[return-value]
 
     def module(self, members: Sequence[nn.Module], keep: bool = True) -> StackFactors:
@@ -586,8 +602,8 @@ class FactorCache:
         if keep:
             self._recent.pop(identity, None)
             self._recent[identity] = module
-            while len(self._recent) > self._keep:
-                self._recent.pop(next(iter(self._recent)))
+            for oldest in list(self._recent)[: -self._keep or None]:
+                self._recent.pop(oldest, None)
         return module
 
     def sets(self, factors: StackFactors) -> list[FactorSet]:
@@ -614,15 +630,33 @@ class FactorCache:
         return found
 
 
-def _identity(value: object) -> object:
-    """An adapter is the same one if its tensors are: hosts wrap a file's tensors anew on every run."""
+def _identity(value: Any) -> Any:
+    """An adapter is the same one if its tensors are: hosts wrap a file's tensors anew on every run.
+
+    A reference to a tensor that is gone equals none to another one, even in its place.
+    """
     if isinstance(value, torch.Tensor):
-        return id(value)
+        return WeakIdRef(value)
     if isinstance(value, (Adapter, Patch)):
         return (type(value), *map(_identity, vars(value).values()))
-    if isinstance(value, tuple) and not isinstance(value, Region):
+    if isinstance(value, (tuple, list)):
         return tuple(map(_identity, value))
-    return value if value.__hash__ is not None else id(value)
+    return value
+
+
+def _tensors_in(identity: tuple) -> Iterator[torch.Tensor]:
+    for part in identity:
+        if isinstance(part, tuple):
+            yield from _tensors_in(part)
+        elif isinstance(part, WeakIdRef):
+            yield part()
+
+
+def _let_go(cache: Callable[[], FactorCache | None], member: int, source: object) -> None:
+    """Of what is kept and has this member: nobody can ask for it again."""
+    found = cache()
+    if found is not None:
+        found._recent = {key: module for key, module in found._recent.items() if member not in key}
 
 
 @dataclass

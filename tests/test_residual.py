@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import weakref
 
@@ -106,9 +107,60 @@ def test_a_new_strength_finds_the_factors_that_are_there(r: Sampler) -> None:
 
 def test_a_dropped_stack_leaves_memory_after_a_few_others(r: Sampler) -> None:
     layer, cache = make_layer(SHAPE, r(*SHAPE, scale=1.0)), FactorCache(keep=2)
-    for _ in range(5):
-        stack_of(lora(r)).build({"layer": layer}, cache)
-    assert len(cache._members) <= 2
+    loaded = [lora(r) for _ in range(5)]
+    members = [weakref.ref(stack_of(patch).build({"layer": layer}, cache)[0]) for patch in loaded]
+    assert [member() is not None for member in members] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "oft", "diff"])
+def test_the_next_branch_finds_what_a_dropped_one_has_left(r: Sampler, kind: str) -> None:
+    layer, cache = make_layer(SHAPE, r(*SHAPE, scale=1.0)), FactorCache()
+    value = samples.KINDS[kind](r, SHAPE)
+    left = weakref.ref(stack_of(patch_of(value, SHAPE, 0.3)).build({"layer": layer}, cache)[0])
+    assert left() is not None
+    assert stack_of(patch_of(value, SHAPE, 0.9)).build({"layer": layer}, cache)[0] is left()
+
+
+@pytest.mark.parametrize("kind", sorted(samples.KINDS))
+def test_factors_go_with_the_adapters_that_they_were_made_of(r: Sampler, kind: str) -> None:
+    layer, cache = make_layer(SHAPE, r(*SHAPE, scale=1.0)), FactorCache()
+
+    def build(*values: tuple) -> residual.StackFactors:
+        return stack_of(*(patch_of(value, SHAPE, 0.7) for value in values)).build({"layer": layer}, cache)
+
+    first, second = samples.lora(r, SHAPE), samples.KINDS[kind](r, SHAPE)
+    both, common = build(first, second), build(first)
+    dropped = [weakref.ref(member) for member in both if member not in common]
+    kept = weakref.ref(common[0])
+    del both, common, second
+    assert dropped and not any(member() for member in dropped)
+    assert kept() is build(first)[0]
+    del first
+    assert kept() is None and not cache._members
+
+
+def test_copied_layers_have_factors_of_their_own(r: Sampler) -> None:
+    named, cache, stack = {"layer": make_layer(SHAPE, r(*SHAPE, scale=1.0))}, FactorCache(), stack_of(lora(r))
+    first = stack.build(named, cache)
+    copied_layers, copied_cache = copy.deepcopy((named, cache))
+    second = stack_of(*stack.patches["layer.weight"]).build(copied_layers, copied_cache)
+    assert second[0] is not first[0] and torch.equal(second[0].down, first[0].down)
+
+
+def test_a_tensor_in_the_place_of_one_that_is_gone_is_another_one(r: Sampler) -> None:
+    layer, cache = make_layer(SHAPE, r(*SHAPE, scale=1.0)), FactorCache()
+
+    def build(diff: torch.Tensor) -> residual.Term:
+        return stack_of(patch_of(("diff", (diff,)), SHAPE, 0.7)).build({"layer": layer}, cache)[0]
+
+    gone = [r(*SHAPE) for _ in range(20)]
+    members = {id(diff): build(diff) for diff in gone}  # as if a host were still moving them
+    del gone
+    made = [r(*SHAPE) for _ in range(500)]
+    in_place = [diff for diff in made if id(diff) in members]
+    assert in_place, "Python gives freed places to others"
+    for diff in in_place:
+        assert build(diff) is not members[id(diff)] and torch.equal(build(diff).weight, diff)
 
 
 class Host:
@@ -157,7 +209,8 @@ def test_a_divided_set_leaves_memory_with_the_stacks_that_need_it(r: Sampler) ->
 
 def test_as_long_as_a_stack_its_sets_stay(r: Sampler) -> None:
     layer, cache = make_layer(SHAPE, r(*SHAPE, scale=1.0)), FactorCache(keep=1)
-    stacks = [stack_of(lora(r)) for _ in range(4)]
+    loaded = [lora(r) for _ in range(4)]
+    stacks = [stack_of(patch) for patch in loaded]
     sets = [weakref.ref(cache.sets(stack.build({"layer": layer}, cache))[0]) for stack in stacks]
     assert all(s() for s in sets), "a host would no longer count what is still there"
     copy = stacks[0].copy()

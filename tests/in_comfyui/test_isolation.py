@@ -7,12 +7,14 @@ import weakref
 
 import comfy.hooks
 import comfy.model_management
+import nodes
 import pytest
 import torch
 from architectures import write_model
 from comfy.lora import load_lora, model_lora_keys_unet
 from generation import distance, fingerprint, sample, with_lora
 from loras import make_lora
+from safetensors.torch import save_file
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
 
@@ -140,8 +142,6 @@ def test_scheduled_loras_of_hooks(sd3, loras):  # noqa: F811
 
 
 def _sample_hooked(model, hooks, steps=1):
-    import nodes
-
     positive, negative = SD3.conditioning(1), SD3.conditioning(2)
     if hooks is not None:
         positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
@@ -162,6 +162,28 @@ def test_keyframes_keep_no_loras_alive_that_were_dropped(sd3, loras):  # noqa: F
     for lora in _new_loras(dense, 8):
         dropped += map(weakref.ref, with_lora(graft, lora).build_residuals())
     assert 0 < sum(member() is not None for member in dropped) < len(dropped) / 2
+
+
+def test_factors_stay_with_a_loaded_file_and_go_with_it(sd3, folders):  # noqa: F811
+    """The host drops a branch before it builds the next one; its loader node keeps the file that it loaded last."""
+    graft, dense = sd3
+    for name, lora in zip(("one", "two"), _new_loras(dense, 2), strict=True):
+        save_file(lora, folders / "loras" / f"{name}.safetensors")
+    del lora
+
+    def factors(node, name, strength):
+        branch = node.load_lora_model_only(graft, f"{name}.safetensors", strength)[0]
+        sample(branch, SD3)
+        return [weakref.ref(member) for member in branch.build_residuals()]
+
+    node = nodes.LoraLoaderModelOnly()
+    one = factors(node, "one", 0.5)
+    again = factors(node, "one", 0.9)
+    assert one and all(a() is b() is not None for a, b in zip(one, again, strict=True))
+    two = factors(node, "two", 0.5)
+    assert not any(member() for member in one) and all(member() for member in two)
+    del node
+    assert not any(member() for member in two)
 
 
 def test_bytes_are_never_written(sd3, loras):  # noqa: F811
