@@ -245,13 +245,11 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
 
     @contextmanager
     def grafted(self, device: torch.device) -> Iterator[None]:
-        """Run the model with this branch's adapters on `device`."""
+        """Run the model with this branch's adapters on `device`, and with no other's."""
         stack = self.active_stack()
-        if not stack:
-            yield
-            return
         if stack is self.residuals:
-            self.build_residuals()
+            if stack:
+                self.build_residuals()
         else:
             # the host has loaded those of each hook, but not what only their sum needs, until the sampling is over
             self.build_residuals(stack, keep=False).to(device)

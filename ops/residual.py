@@ -757,18 +757,21 @@ class ResidualStack:
 
     @contextlib.contextmanager
     def active(self, layers: Mapping[str, PackedLayer], device: torch.device) -> Iterator[None]:
-        """Run the model with these adapters: on every layer inside the block, on none after it."""
+        """Run the model with these adapters and no others; behind the block, with those that it had before.
+
+        A branch without any may be asked within a call of one that has some, for a guidance by the model as it was.
+        """
         if torch.is_grad_enabled():  # else nothing is saved for a way back, and every model call would walk all factors
             for member in (m for r in self.residuals.values() for m, _ in r.members):
                 _make_ordinary(member)
         running = self.running(layers, device) if self.residuals else {}
-        previous = {name: layers[name].residual for name in running}
+        changed = {n: layer.residual for n, layer in layers.items() if layer.residual is not running.get(n)}
         try:
-            for name, residual in running.items():
-                layers[name].residual = residual
+            for name in changed:
+                layers[name].residual = running.get(name)
             yield
         finally:
-            for name, before in previous.items():
+            for name, before in changed.items():
                 layers[name].residual = before
 
 

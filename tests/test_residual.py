@@ -65,6 +65,28 @@ def test_blocks_nest_and_survive_an_exception(r: Sampler) -> None:
     assert layer.residual is None
 
 
+def test_a_block_within_another_has_its_own_adapters_alone(r: Sampler) -> None:
+    named = {name: make_layer(SHAPE, r(*SHAPE, scale=1.0)) for name in "ab"}
+    x, cache = make_input(SHAPE, r), FactorCache()
+    stacks = [ResidualStack({f"{name}.weight": [lora(r)] for name in names}) for names in ("ab", "b", "")]
+
+    def outputs() -> list[torch.Tensor]:
+        return [layer(x) for layer in named.values()]
+
+    wanted = []
+    for stack in stacks:
+        stack.build(named, cache)
+        with stack.active(named, CPU):
+            wanted.append(outputs())
+    for outer in (0, 1, 2):
+        for inner in (0, 1, 2):
+            with stacks[outer].active(named, CPU):
+                with stacks[inner].active(named, CPU):
+                    assert all(map(torch.equal, outputs(), wanted[inner]))
+                assert all(map(torch.equal, outputs(), wanted[outer]))
+    assert all(layer.residual is None for layer in named.values())
+
+
 def test_a_copy_is_independent(r: Sampler) -> None:
     layer, x = make_layer(SHAPE, r(*SHAPE, scale=1.0)), make_input(SHAPE, r)
     a = stack_of(lora(r))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import write_model
 from comfy.lora import load_lora, model_lora_keys_unet
+from comfy.patcher_extension import WrappersMP
 from generation import distance, fingerprint, sample, with_lora
 from loras import make_lora
 from safetensors.torch import save_file
@@ -55,6 +56,37 @@ def test_a_clone_keeps_its_loras_when_its_parent_gets_another(sd3, loras, alone)
     assert torch.equal(sample(child, SD3), alone["first"])
     assert torch.equal(sample(grandchild, SD3), alone["both"])
     assert torch.equal(sample(parent, SD3), alone["both"])
+
+
+def test_a_branch_that_is_asked_within_a_call_of_another(sd3, loras):  # noqa: F811
+    """As guidance by the model without its LoRA does it: every branch answers for itself."""
+    graft, _ = sd3
+    branches = [graft, *(with_lora(graft, lora) for lora in loras)]
+    for branch in branches:
+        sample(branch, SD3)
+
+    def ask(branch):
+        context, extra = SD3.conditioning(1)[0]
+        inputs = {"c_crossattn": context, "y": extra["pooled_output"]}
+        with torch.inference_mode():
+            x, options = torch.full(SD3.latent, 0.5), {"wrappers": branch.wrappers}
+            return branch.model.apply_model(x, torch.tensor([0.7]), **inputs, transformer_options=options)
+
+    wanted = [ask(branch) for branch in branches]
+    assert not torch.equal(wanted[0], wanted[1]) and not torch.equal(wanted[1], wanted[2])
+    for outer in branches:
+        answers = []
+
+        def ask_others(executor, *args, answers=answers, **kwargs):
+            first = executor(*args, **kwargs)
+            answers.extend(ask(branch) for branch in branches)
+            assert torch.equal(executor(*args, **kwargs), first)
+            return first
+
+        asking = outer.clone()
+        asking.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", ask_others)
+        sample(asking, SD3)
+        assert answers and all(map(torch.equal, answers, wanted))
 
 
 def test_a_strength_change_reloads_nothing(sd3, loras):  # noqa: F811
