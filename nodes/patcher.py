@@ -181,6 +181,9 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
     def _adapter(
         self, stack: ResidualStack, name: str, layer: PackedLayer, value: Any, region: Region | None, function: Any
     ) -> Adapter:
+        if name.endswith(".bias") and layer.bias is None:
+            # what the host merges, saves and loads again has no place for one
+            raise AdapterError("it adds a bias to a layer that has none in this model")
         shape = layer.logical_shape if name.endswith(".weight") else layer.logical_shape[:1]
         adapter = from_host(value, shape, region, function)
         if isinstance(adapter, Padded) and hasattr(self.model, "concat_cond") and stack is not self.residuals:

@@ -130,6 +130,23 @@ def _outputs(node: type, **inputs: object) -> object:
     return getattr(node(), node.FUNCTION)(**inputs)[0]
 
 
+def test_a_bias_for_a_layer_without_one_is_left_out_everywhere(pack, tmp_path):
+    """As the host leaves it out; but it says so."""
+    with both_models(pack, ARCHITECTURES["sd15"], "Q8_0", tmp_path) as (architecture, graft, dense):
+        name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+        rows, columns = graft.graft.layers[name].logical_shape
+        random = torch.Generator().manual_seed(0)
+        lora = {f"{name}.lora_A.weight": torch.randn(4, columns, generator=random) * 0.05}
+        lora[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=random) * 0.05
+        lora[f"{name}.diff_b"] = torch.randn(rows, generator=random)
+        branch = with_lora(graft, lora)
+        assert branch.rejected == {f"{name}.bias": "it adds a bias to a layer that has none in this model"}
+        assert distance(sample(branch, architecture), sample(with_lora(dense, lora), architecture)) < TOLERANCE
+        assert f"{name}.bias" not in branch.get_key_patches()
+        saved = branch.merged_state_dict(prefix="")
+        assert f"{name}.weight" in saved and f"{name}.bias" not in saved
+
+
 def test_each_branch_has_the_precision_that_it_asks_for(sd3, loras):  # noqa: F811
     """Also after a branch with another one has run on the model that they share."""
     from comfy_extras.nodes_model_advanced import ModelComputeDtype
