@@ -1,7 +1,7 @@
 """Linear, Conv1d/2d/3d and Embedding on packed weights, with live adapters beside them.
 
-The format belongs to the layer: `weight` is an ordinary parameter (packed bytes as flat ``uint8``, or
-F16, BF16, F32 as they came), and the layer knows `fmt` and `logical_shape`. Hosts may move, pin and
+The format belongs to the layer: `weight` is an ordinary parameter (packed bytes as flat ``uint8``, floats
+as they came, integers as floats), and the layer knows `fmt` and `logical_shape`. Hosts may move, pin and
 re-wrap the parameter as they like; nothing hangs on it. Unquantized layers are Graft layers too,
 because a host that patches an F16 weight rounds the LoRA to fp16.
 
@@ -19,20 +19,45 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import Format, GraftError, LowRank, by_name, decoded_rows, dequantize, embedding, is_slow, linear
+from ..kernels import (
+    FORMATS,
+    Format,
+    GraftError,
+    LowRank,
+    UnsupportedFormat,
+    decoded_rows,
+    dequantize,
+    embedding,
+    is_slow,
+    linear,
+)
 from .packed import PackedTensor
 
 if TYPE_CHECKING:
     from .residual import RunningResidual
 
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_PLAIN = {fmt.dtype: fmt for fmt in FORMATS if fmt.dtype is not None}
 
 
 def format_of(tensor: torch.Tensor) -> Format:
-    """The GGUF format of a weight as it is loaded: a PackedTensor's own, else that of its dtype."""
+    """The GGUF format of a weight: a PackedTensor's own, else that of its dtype.
+
+    Raises:
+        UnsupportedFormat: GGUF has none of this dtype.
+    """
     if isinstance(tensor, PackedTensor):
         return tensor.fmt
-    return by_name(_FLOATS.get(tensor.dtype, "F32"))
+    if tensor.dtype not in _PLAIN:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UnsupportedFormat(f"a weight is {kind}, which is no type of GGUF: convert it to fp16, bf16 or fp32")
+    return _PLAIN[tensor.dtype]
+
+
+def _floating(tensor: torch.Tensor) -> torch.Tensor:
+    """Integers in a float type that holds them, so that what is merged into them is not rounded; others as they are."""
+    if tensor.is_floating_point() or format_of(tensor).family != "integer":
+        return tensor
+    return tensor.to(torch.float32 if tensor.element_size() < 4 else torch.float64)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -98,11 +123,16 @@ class PackedLayer(nn.Module):
         elif tuple(bias.shape) != rows:
             error_msgs.append(f"size mismatch for {key}: the file has {tuple(bias.shape)}, the model {rows}")
         else:
-            plain = bias.dequantize(torch.float32) if isinstance(bias, PackedTensor) else bias
+            plain = bias.dequantize(torch.float32) if isinstance(bias, PackedTensor) else _floating(bias)
             self.bias = nn.Parameter(plain, requires_grad=False)
 
     def load_weight(self, weight: torch.Tensor) -> None:
-        """Hold `weight`, a PackedTensor or a float tensor of the logical shape, without copying it."""
+        """Hold `weight`, a PackedTensor or a tensor of the logical shape, without copying it unless it is of integers.
+
+        Raises:
+            UnsupportedFormat: it is of a dtype that GGUF does not have.
+        """
+        weight = _floating(weight)
         self.fmt = format_of(weight)
         data = weight.packed if isinstance(weight, PackedTensor) else weight.detach()
         self.weight = nn.Parameter(data, requires_grad=False)

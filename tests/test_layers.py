@@ -8,7 +8,7 @@ import hashlib
 import oracle
 import pytest
 import torch
-from graft.kernels import LowRank, by_name, cpu
+from graft.kernels import LowRank, UnsupportedFormat, by_name, cpu
 from graft.ops import layers
 from graft.ops.packed import PackedTensor
 from rounding import assert_rounded
@@ -329,6 +329,40 @@ def test_a_model_loads_from_a_mixed_state_dict():
     assert [m.fmt.name for m in layers.packed_layers(model).values()] == ["Q4_K", "Q8_0"]
     assert torch.isfinite(model(normal(3, 256))).all()
     model.load_state_dict(state)  # and again
+
+
+@pytest.mark.parametrize("name", ["I8", "I16", "I32", "I64", "F64"])
+def test_weights_and_biases_in_types_that_torch_has(name):
+    """Integers are held in floats with all their digits, on an embedding as on others."""
+    fmt = by_name(name)
+    weight, bias = ((normal(*shape, seed=4) * 20).to(fmt.dtype) for shape in ((12, 256), (12,)))
+    linear, embedding = layers.Linear(256, 12), layers.Embedding(12, 256)
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    embedding.load_state_dict({"weight": weight})
+    for tensor in (linear.weight, linear.bias, linear.packed_weight(), embedding.weight):
+        assert tensor.is_floating_point()
+    assert torch.equal(linear.weight, weight.to(linear.weight.dtype)) and torch.equal(linear.bias.to(fmt.dtype), bias)
+    indices = torch.tensor([[0, 11], [4, 4]])
+    assert torch.equal(embedding(indices), weight.float()[indices])
+    twin = nn.Linear(256, 12, dtype=torch.float64).requires_grad_(False)
+    twin.weight.copy_(weight), twin.bias.copy_(bias)
+    x = normal(3, 256, seed=3)
+    assert_same(linear(x), in_dtype(twin, torch.float32), x)
+
+
+def test_integers_keep_their_digits():
+    layer = layers.Embedding(2, 2)
+    layer.load_weight(torch.tensor([[2**24 + 1, 1], [-(2**31), 2**31 - 1]], dtype=torch.int32))
+    layer.dtype = torch.float64
+    assert layer(torch.tensor([0, 1])).tolist() == [[2**24 + 1, 1], [-(2**31), 2**31 - 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.bool], ids=str)
+def test_a_dtype_that_gguf_does_not_have_is_refused(dtype):
+    kind = str(dtype).removeprefix("torch.")
+    for layer in (layers.Linear(256, 12), layers.Embedding(12, 256)):
+        with pytest.raises(UnsupportedFormat, match=rf"a weight is {kind}, which is no type of GGUF: convert it to"):
+            layer.load_weight(torch.ones(12, 256).to(dtype))
 
 
 def test_missing_and_unexpected_keys_are_reported():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import architectures
 import comfy.lora
 import comfy.sd
 import comfy.utils
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -176,6 +178,22 @@ def test_the_hosts_own_patches_are_saved(sd3, loras):  # noqa: F811
         sample(tuned, SD3)  # now the host has applied it
     sample(graft, SD3)
     assert torch.equal(graft.model.state_dict()[key], before)
+
+
+def test_what_is_merged_into_integers_is_saved_in_floats(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "encode", lambda rows, kind: np.round(100 * rows).astype(np.int8))
+    path = architectures.write_model(SD3, "I8", tmp_path / "sd3-I8.gguf")
+    graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+    name = "joint_blocks.0.x_block.mlp.fc1.weight"
+    weight = pack("ops.gguf_file").open_gguf(path).tensors[name]
+    assert weight.fmt.name == "I8"
+    numbers = pack("ops.packed").as_weight(weight)
+    branch = graft.clone()
+    branch.add_patches({f"diffusion_model.{name}": ("diff", (torch.full(numbers.shape, 0.25),))}, 0.5)
+    saved = branch.merged_state_dict()
+    assert all(value.is_floating_point() for value in saved.values())
+    assert torch.equal(saved[name], numbers + 0.125)
+    assert torch.equal(graft.merged_state_dict()[name].to(torch.int8), numbers)
 
 
 def test_a_saved_checkpoint_holds_merged_weights(sd3, loras, tmp_path):  # noqa: F811
