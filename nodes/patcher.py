@@ -7,6 +7,7 @@ alone, so the host neither patches nor reloads the model for a LoRA.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -53,10 +54,19 @@ class Graft:
     """
 
     def __init__(self, model: torch.nn.Module, summary: str = "") -> None:
-        self.layers: dict[str, PackedLayer] = packed_layers(model)
-        self.sources = {name: layer.weight.data for name, layer in self.layers.items() if layer.weight is not None}
+        layers = packed_layers(model)
+        sources = {name: layer.weight.data for name, layer in layers.items() if layer.weight is not None}
+        self._own(layers, sources, summary)
+
+    def __deepcopy__(self, memo: dict) -> Graft:
+        """That of a copy of the model: with its layers and the same file, and no factors yet."""
+        copied = memo[id(self)] = Graft.__new__(Graft)
+        copied._own(copy.deepcopy(self.layers, memo), self.sources, self.summary)
+        return copied
+
+    def _own(self, layers: dict[str, PackedLayer], sources: dict[str, torch.Tensor], summary: str) -> None:
+        self.layers, self.sources, self.summary = layers, sources, summary
         self.factors = FactorCache()
-        self.summary = summary
         self.loaded: Callable[[], GraftPatcher | None] = lambda: None
         self.take_layers()
         # what weights were decoded into goes with the model; another one takes memory anew in its next step
@@ -110,6 +120,12 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
 
     def clone(self, *args: Any, **kwargs: Any) -> GraftPatcher:
         return adopt(super().clone(*args, **kwargs), self)
+
+    def __deepcopy__(self, memo: dict) -> GraftPatcher:
+        """A patcher with a model of its own, as the host's own are copied, and the same LoRAs."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return adopt(copied, copied)
 
     def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         """Take patches of packed layers as residuals, and hand the host the others.
@@ -171,7 +187,9 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             stack.add(name, Patch(strength, adapter, strength_model, region, None, origin))
             taken.append(key)
             if isinstance(adapter, Padded) and hasattr(self.model, "concat_cond"):
-                self.add_object_patch("concat_cond", _concat_cond_for(self.model, layer, adapter.shape))
+                # not a closure: of a partial a deep copy takes the copied model
+                widened = functools.partial(_concat_cond, self.model, layer, adapter.shape)
+                self.add_object_patch("concat_cond", widened)
         if rejected:
             reasons = [f"{name}: {why}" for name, why in rejected.items()]
             log.warning("%d of %d patches left out, such as %s", len(rejected), len(patches), examples(reasons))
@@ -368,21 +386,17 @@ def _factors_patcher(module: torch.nn.Module, load_device: Any, offload_device: 
     return chosen(module, load_device, offload_device)
 
 
-def _concat_cond_for(model: torch.nn.Module, layer: PackedLayer, shape: tuple[int, ...]) -> Callable:
+def _concat_cond(model: torch.nn.Module, layer: PackedLayer, shape: tuple[int, ...], **kwargs: Any) -> Any:
     """`concat_cond` of a model whose first layer a control LoRA widens.
 
     The host asks the layer's weight how many channels it takes; it would see the unpatched one.
     """
-
-    def concat_cond(**kwargs: Any) -> Any:
-        held = layer.weight
-        layer.weight = torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-        try:
-            return type(model).concat_cond(model, **kwargs)
-        finally:
-            layer.weight = held
-
-    return concat_cond
+    held = layer.weight
+    layer.weight = torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+    try:
+        return type(model).concat_cond(model, **kwargs)
+    finally:
+        layer.weight = held
 
 
 def _as_it_is(weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -683,6 +683,10 @@ class ResidualStack:
         patches = {k: list(v) for k, v in self.patches.items()}
         return ResidualStack(patches, self.merge, self._residuals, self._scales, self._dtype, self._factors)
 
+    def __deepcopy__(self, memo: dict) -> ResidualStack:
+        """The same patches for a copy of the layers: factors are built for it anew, tensors of files are shared."""
+        return ResidualStack({k: list(v) for k, v in self.patches.items()}, self.merge)
+
     def add(self, key: str, patch: Patch) -> None:
         """Put `patch` behind those that parameter `key` has."""
         self.patches.setdefault(key, []).append(patch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -216,6 +217,31 @@ def test_factors_stay_with_a_loaded_file_and_go_with_it(sd3, folders):  # noqa: 
     assert not any(member() for member in one) and all(member() for member in two)
     del node
     assert not any(member() for member in two)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "loaded"])
+def test_a_deep_copy_is_a_model_of_its_own(sd3, loras, alone, loaded):  # noqa: F811
+    graft, _ = sd3
+    branch = with_lora(graft, loras[0])
+    if loaded:
+        sample(branch, SD3)
+    config = branch.model.model_config  # which newer hosts cannot copy, of their own models neither
+    copied = copy.deepcopy(branch, {id(config): config})
+    own = set(copied.graft.layers.values())
+    assert own <= set(copied.model.modules()) and not own & set(graft.model.modules())
+    branch.add_patches(load_lora(loras[1], model_lora_keys_unet(graft.model, {})), 0.5)
+    assert torch.equal(sample(copied, SD3), alone["first"])
+    assert torch.equal(sample(branch, SD3), alone["both"])
+    assert torch.equal(sample(with_lora(copied, loras[1], 0.5), SD3), alone["both"])
+    assert fingerprint(copied) == fingerprint(graft)
+    first = with_lora(graft, loras[0]).merged_state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in copied.merged_state_dict().items())
+    gone = weakref.ref(own.pop())
+    comfy.model_management.unload_all_models()
+    assert torch.equal(sample(copied, SD3), alone["first"]), "from the file again"
+    del copied, own
+    gc.collect()
+    assert gone() is None
 
 
 def test_bytes_are_never_written(sd3, loras):  # noqa: F811
