@@ -7,12 +7,32 @@ Strengths and factors are tensors that go in, so a new one does not recompile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import dispatch
 
 
-@torch.library.custom_op("graft::linear", mutates_args=())
+def _operator(schema: str) -> Callable:
+    """`torch.library.custom_op`, or what torch before 2.4, with which Forge comes, has in its place."""
+    name = f"graft::{schema.partition('(')[0]}"
+    if hasattr(torch.library, "custom_op"):
+        return torch.library.custom_op(name, mutates_args=())
+
+    def register(function: Callable) -> Callable:
+        torch.library.define(name, schema[schema.index("(") :])
+        torch.library.impl(name, "CompositeExplicitAutograd", function)
+        function.register_fake = torch.library.impl_abstract(name)
+        return function
+
+    return register
+
+
+@_operator(
+    "linear(Tensor x, Tensor data, str fmt, int rows, Tensor? bias, Tensor? down, Tensor? scale, Tensor[] ups, "
+    "int[] places, str backend) -> Tensor"
+)
 def linear(
     x: torch.Tensor, data: torch.Tensor, fmt: str, rows: int, bias: torch.Tensor | None, down: torch.Tensor | None,
     scale: torch.Tensor | None, ups: list[torch.Tensor], places: list[int], backend: str,
@@ -30,7 +50,7 @@ def _(x, data, fmt, rows, bias, down, scale, ups, places, backend):
     return x.new_empty(*x.shape[:-1], rows)
 
 
-@torch.library.custom_op("graft::dequantize", mutates_args=())
+@_operator("dequantize(Tensor data, str fmt, int[] shape, ScalarType dtype, str backend) -> Tensor")
 def dequantize(data: torch.Tensor, fmt: str, shape: list[int], dtype: torch.dtype, backend: str) -> torch.Tensor:
     """`dispatch.dequantize` of a whole weight."""
     result = dispatch.dequantize(data, fmt, tuple(shape), dtype, backend)

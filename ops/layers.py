@@ -62,18 +62,29 @@ def _floating(tensor: torch.Tensor) -> torch.Tensor:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What torch's own layers would multiply x in and give back under `torch.autocast`; None where that is off."""
-    if not _is_autocast(x.device):
+    kind = x.device.type
+    if not _is_autocast(kind):
         return None
-    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    if x.dtype == torch.float64:
+        return x.dtype
+    if _ASKS_BY_DEVICE:
+        return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_cpu_dtype() if kind == "cpu" else torch.get_autocast_gpu_dtype()
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Computes on tensors of this device in the dtypes that they have."""
-    return torch.autocast(device.type, enabled=False) if _is_autocast(device) else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if _is_autocast(device.type) else contextlib.nullcontext()
 
 
-def _is_autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+# torch before 2.4, with which Forge comes, knows autocast on CUDA and on CPUs only, and by names of their own
+_ASKS_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
+
+
+def _is_autocast(kind: str) -> bool:
+    if _ASKS_BY_DEVICE:
+        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return {"cpu": torch.is_autocast_cpu_enabled, "cuda": torch.is_autocast_enabled}.get(kind, bool)()
 
 
 class PackedLayer(nn.Module):
