@@ -105,7 +105,7 @@ class PackedTensor(torch.Tensor):
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
     """The arguments that an operation writes to: ``self`` of ``add_``, ``out``."""
     for index, argument in enumerate(func._schema.arguments):
-        if argument.is_write:
+        if argument.alias_info is not None and argument.alias_info.is_write:
             yield args[index] if index < len(args) else kwargs.get(argument.name)
 
 
@@ -158,9 +158,11 @@ def _rows(tensor: PackedTensor, start: int, stop: int) -> PackedTensor:
 
 
 def _slice(tensor: PackedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    begin, stop, _ = slice(start, end).indices(tensor.shape[dim])
+    if step == 1 and (begin, stop) == (0, tensor.shape[dim]):
+        return _same(tensor)  # `[:, :]`, of which newer torch makes nothing itself
     if dim % tensor.dim() != 0 or step != 1 or not tensor.rows_are_whole:
         return NotImplemented
-    begin, stop, _ = slice(start, end).indices(tensor.shape[0])
     return _rows(tensor, begin, max(begin, stop))
 
 
