@@ -40,6 +40,8 @@ def triton_backend() -> ModuleType | str:
         from . import triton_
     except ImportError as error:
         return f"Triton is not installed ({error.name or error})"
+    except Exception as error:  # an old one, such as Forge's, fails in ways of its own where kernels are declared
+        return f"this Triton cannot build the kernels, update it ({type(error).__name__}: {error})"
     return triton_
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +13,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from graft import kernels
 from graft.kernels import (
     FORMATS,
     CorruptFile,
@@ -488,6 +491,21 @@ def test_the_cpu_backend_stays_on_the_cpu():
     assert "the model is on cuda" in cpu.unavailable(torch.device("cuda"), by_name("Q4_K"))
     with pytest.raises(NoBackend, match="the model is on meta"):
         backends.choose(torch.device("meta"), by_name("Q4_K"), "cpu")
+
+
+def test_a_triton_that_is_too_old_is_a_reason(monkeypatch):
+    """One that lacks what kernels are declared with fails while they are, and in ways of its own."""
+    triton = pytest.importorskip("triton")
+
+    def old_jit(**options):
+        raise TypeError(f"jit() got an unexpected keyword argument {list(options)[-1]!r}")
+
+    monkeypatch.setattr(triton, "jit", old_jit)
+    monkeypatch.delattr(kernels, "triton_", raising=False)
+    for name in [name for name in sys.modules if name.startswith(f"{kernels.__name__}.triton_")]:
+        monkeypatch.delitem(sys.modules, name)
+    reason = backends.triton_backend.__wrapped__()
+    assert re.match(r"this Triton cannot build the kernels, update it \(TypeError: jit\(\) got an unexpected", reason)
 
 
 def test_other_devices_fall_back_to_torch(monkeypatch):
