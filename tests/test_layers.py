@@ -308,6 +308,28 @@ def test_under_autocast_a_layer_computes_as_torchs_own_does(case):
         assert torch.equal(layer(x.double()), layer.compute(x.double(), layer.weight.data, layer.bias))
 
 
+def test_autocast_under_the_names_that_torch_2_3_has_for_it(monkeypatch):
+    """The torch that Forge installs; what it lacks is taken away here."""
+    for name in ("get_autocast_dtype", "set_autocast_dtype"):
+        monkeypatch.delattr(torch, name)
+    monkeypatch.setattr(layers, "_ASKS_BY_DEVICE", False)
+    x = torch.zeros(1)
+    assert layers.autocast_dtype(x) is None and layers.autocast_dtype(torch.zeros(1, device="meta")) is None
+    monkeypatch.setattr(torch, "is_autocast_cpu_enabled", lambda: True)
+    monkeypatch.setattr(torch, "get_autocast_cpu_dtype", lambda: torch.bfloat16)
+    assert layers.autocast_dtype(x) == torch.bfloat16 and layers.autocast_dtype(x.double()) == torch.float64
+
+
+def test_operators_of_a_torch_without_custom_op(monkeypatch):
+    from graft.kernels import compiled
+
+    monkeypatch.delattr(torch.library, "custom_op")
+    double = compiled._operator("graft_double(Tensor x) -> Tensor")(lambda x: x * 2)
+    double.register_fake(lambda x: torch.empty_like(x))
+    assert torch.equal(torch.ops.graft.graft_double(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.ops.graft.graft_double(torch.ones(2, device="meta")).shape == (2,)
+
+
 def test_autocast_leaves_an_embedding_as_it_is():
     layer = layers.Embedding(12, 256)
     weight, dense = weight_for(layer, by_name("Q4_K"))
