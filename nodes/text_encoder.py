@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -37,6 +38,9 @@ NONE = "None"
 FILES = 4
 REMEDY = "put it into models/text_encoders, or choose another file"
 DEVICES = ("default", "cpu")
+READ = ("position_embedding", "position_embeddings", "token_type_embeddings")
+"""Small tables whose weight the host adds as a whole: those of CLIP, of SigLIP in Gemma 3, of BERT."""
+
 # beside fp8 weights, as the host called them and calls them now
 _SCALES = ("scale_weight", "weight_scale")
 _FP8_SETTINGS = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
@@ -102,6 +106,7 @@ def load_text_encoders(
     _decode_heads(model)
     _check_files(model, kind, paths)
     _complete(model)
+    _decode_tables(model)
     model.graft = Graft(model, "\n".join([*lines, str(choice)]))
     for layer in model.graft.layers.values():
         layer.backend = backend
@@ -188,6 +193,16 @@ def _complete(model: torch.nn.Module) -> None:
             layer.load_weight(torch.eye(*layer.logical_shape))
         elif layer.weight is None and ".visual." in path:
             layer.remedy = "to read pictures, put the vision projector (mmproj) of this text encoder into its folder"
+
+
+def _decode_tables(model: torch.nn.Module) -> None:
+    """Give tables of which the host reads the weight, and calls no layer, to the host: it patches them as its own."""
+    for module in list(model.modules()):
+        for name, table in module.named_children():
+            if name in READ and isinstance(table, EmbeddingMath) and table.weight is not None:
+                plain = comfy.ops.manual_cast.Embedding(*table.logical_shape, device="meta")
+                plain.weight = torch.nn.Parameter(table.dequantized(), requires_grad=False)
+                setattr(module, name, plain)
 
 
 def _decode_heads(model: torch.nn.Module) -> None:

@@ -22,8 +22,10 @@ import pytest
 import tokenizer_samples as samples
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
+from comfy_extras.nodes_model_merging import CLIPMergeSimple
 from generation import distance, fingerprint
 from gguf import MODEL_ARCH
+from gguf_samples import encode, write_gguf
 from safetensors.torch import save_file
 from small import sd3  # noqa: F401  (fixture)
 from text_encoders import LLAMA, clip_l_weights, dense_clip, llama_shapes, small, t5_shapes, write
@@ -148,6 +150,29 @@ def test_it_is_saved_with_its_weights(flux, lora, tmp_path):
     assert got.keys() >= want.keys() - missing
     for key in want.keys() - missing:
         assert distance(got[key], want[key]) < 1e-3, key
+
+
+@pytest.fixture(scope="module")
+def clip_l(folder, load):
+    """``(graft, dense)`` of a CLIP-L whose table of positions is quantized, too."""
+    stored, dense = {}, {}
+    for name, weight in clip_l_weights(seed=6).items():
+        kind = "Q8_0" if "position" in name else "F16" if weight.dim() == 2 else "F32"
+        stored[name] = weight.numpy(), kind
+        data = gguf.dequantize(encode(weight.numpy(), gguf.GGMLQuantizationType[kind]), gguf.GGMLQuantizationType[kind])
+        dense[name] = torch.from_numpy(data.astype("float32"))
+    write_gguf(folder / "clip_l.gguf", stored, "clip_l")
+    return load([str(folder / "clip_l.gguf")]), dense_clip([dense], "stable_diffusion")
+
+
+def test_a_quantized_table_of_positions(clip_l):
+    assert furthest(*(encoded(clip) for clip in clip_l)) < 1e-5
+
+
+def test_a_merge(clip_l, flux):
+    """Of the table of positions, too: the host adds its weight and calls no layer."""
+    got, want = (encoded(CLIPMergeSimple().merge(*pair, 0.3)[0]) for pair in zip(clip_l, flux, strict=True))
+    assert furthest(got, want) < 1e-4 and distance(want["cond"], encoded(clip_l[1])["cond"]) > 0.05
 
 
 def test_a_file_that_llama_cpp_wrote_for_llama(folder, load):

@@ -103,10 +103,10 @@ def t5_shapes(config: str) -> dict[str, tuple[int, ...]]:
     return shapes_of(partial(comfy.text_encoders.t5.T5, json.loads((folder / config).read_text())))
 
 
-def clip_l_weights() -> dict[str, torch.Tensor]:
+def clip_l_weights(seed: int = 5) -> dict[str, torch.Tensor]:
     """Without the projection, as the file that comes with Flux."""
     config = json.loads((Path(comfy.sd1_clip.__file__).parent / "sd1_clip_config.json").read_text())
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(seed)
     shapes = shapes_of(partial(comfy.clip_model.CLIPTextModel, config))
     return {k: torch.from_numpy(_weight(k, shape, rng)) for k, shape in shapes.items() if "text_projection" not in k}
 
