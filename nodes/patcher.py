@@ -51,7 +51,10 @@ class Graft:
         sources: the memory-mapped data of each layer, to go back to when the model leaves the GPU.
         summary: one line on the file, for reports.
         loaded: the branch that the host loaded last, or None.
+        encoding: whether a call of this model as a text encoder is under way.
     """
+
+    encoding = False
 
     def __init__(self, model: torch.nn.Module, summary: str = "") -> None:
         layers = packed_layers(model)

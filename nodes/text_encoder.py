@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -23,7 +23,7 @@ from ..ops.gguf_file import PROJECTOR, GGUFFile, describe, open_gguf, other_kind
 from ..ops.layers import EmbeddingMath, packed_layers, unpack_leftovers
 from ..ops.text_encoders import projector_beside, text_encoder_tensors
 from . import node
-from .ops import TextEncoderOps
+from .ops import HostLayer, TextEncoderOps
 from .patcher import Graft, adopt
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,10 @@ def load_text_encoders(
     model.graft = Graft(model, "\n".join([*lines, str(choice)]))
     for layer in model.graft.layers.values():
         layer.backend = backend
-    # the host makes a class for each
-    model.__class__ = type(type(model).__name__, (_Encoder, type(model)), {})
+    for module in model.modules():
+        if hasattr(module, "encode_token_weights"):
+            # not kept for the next: the host makes some of these classes anew for each model
+            module.__class__ = type(type(module).__name__, (_Encoder, type(module)), {})
     clip.patcher.cached_patcher_init = (_load_patcher, (tuple(paths), kind, device, backend))
     adopt(clip.patcher)
     return clip
@@ -229,7 +231,10 @@ def _logits(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Encoder:
-    """Mixed into the host's class of text encoders: the adapters of the branch that it loaded run beside the layers."""
+    """Mixed into the host's classes: the adapters of the branch that it loaded run beside the layers.
+
+    Into those of encoders inside of others, too, since some nodes call them.
+    """
 
     def encode_token_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _grafted(self):
@@ -240,9 +245,22 @@ class _Encoder:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
-def _grafted(model: Any) -> Any:
-    patcher = model.graft.loaded()
-    return nullcontext() if patcher is None else patcher.grafted(patcher.load_device)
+@contextmanager
+def _grafted(encoder: torch.nn.Module) -> Iterator[None]:
+    """The adapters are put on once, by the outermost encoder that is called."""
+    # its layers know the owner of the whole model, in a copy of the model that of the copy
+    layer = next((module for module in encoder.modules() if isinstance(module, HostLayer)), None)
+    owner = None if layer is None else layer.owner()
+    patcher = None if owner is None or owner.encoding else owner.loaded()
+    if patcher is None:
+        yield
+        return
+    owner.encoding = True
+    try:
+        with patcher.grafted(patcher.load_device):
+            yield
+    finally:
+        owner.encoding = False
 
 
 class GraftCLIP(comfy.sd.CLIP):

@@ -175,6 +175,27 @@ def test_a_merge(clip_l, flux):
     assert furthest(got, want) < 1e-4 and distance(want["cond"], encoded(clip_l[1])["cond"]) > 0.05
 
 
+def test_an_encoder_inside_is_called(flux, lora):
+    """As nodes for the weights of words call them, once the host has loaded the branch."""
+    got, want = [], []
+    for clip, found in zip(flux, (got, want), strict=True):
+        branch = comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.7)[1]
+        for it in (branch, clip):
+            it.load_model()
+            it.cond_stage_model.reset_clip_options()
+            found += [it.cond_stage_model.clip_l.encode_token_weights(it.tokenize(WORDS)["l"])[0]]
+    assert all(distance(*pair) < 1e-4 for pair in zip(got, want, strict=True))
+    assert distance(want[0], want[1]) > 0.05, "the LoRA does nothing"
+
+
+def test_adapters_are_put_on_once(flux, lora, monkeypatch):
+    branch, calls = comfy.sd.load_lora_for_models(None, flux[0], lora, 0, 0.7)[1], []
+    grafted = branch.patcher.grafted
+    monkeypatch.setattr(branch.patcher, "grafted", lambda device: calls.append(device) or grafted(device))
+    encoded(branch)
+    assert len(calls) == 1 and not branch.cond_stage_model.graft.encoding
+
+
 def test_a_file_that_llama_cpp_wrote_for_llama(folder, load):
     """HiDream reads Llama 3; its queries and keys are in another order in GGUF."""
     with small(vocab_size=128256):
