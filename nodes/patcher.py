@@ -366,6 +366,10 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             return value
         return comfy.lora.calculate_weight(self.patches[key], value.float().clone(), key).to(value.dtype)
 
+    def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict:
+        """What the newest hosts ask for a text encoder, or for the part `model` whose names begin with `prefix`."""
+        return self.merged_state_dict(prefix=prefix)
+
     def state_dict_for_saving(
         self, clip_state_dict: Any = None, vae_state_dict: Any = None, clip_vision_state_dict: Any = None
     ) -> dict:
