@@ -78,9 +78,11 @@ def load_text_encoders(
 
     Raises:
         CorruptFile: a file is damaged or is no GGUF file.
-        UnsupportedFormat: a file is not a text encoder, or none that a host knows.
+        UnsupportedFormat: a file is not a text encoder, or none that a host knows, or this host has no such type.
         NoBackend: the backend cannot run here.
     """
+    if kind not in types():
+        raise UnsupportedFormat(f"this ComfyUI has no type {kind} of text encoders: choose one of {', '.join(types())}")
     lines: list[str] = []
     states = _read(paths, lines)
     options: dict[str, Any] = {
@@ -96,6 +98,7 @@ def load_text_encoders(
     clip = comfy.sd.load_text_encoder_state_dicts(
         states,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        # the host's own nodes list types, such as sdxl, that are no CLIPType
         clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
         model_options=options,
         **({"disable_dynamic": True} if disable_dynamic else {}),
@@ -319,9 +322,11 @@ class GraftCLIPLoader:
         return [node.file_state(encoder_path(name)) for name in _names(inputs)]
 
     @classmethod
-    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool | str:
-        missing = [name for name in _names(inputs) if encoder_path(name) is None]
-        return f"{', '.join(missing)} is not there: {REMEDY}" if missing else True
+    def VALIDATE_INPUTS(cls, clip_name1: str | None) -> bool | str:
+        # of the first file alone, since the host repeats this on every input that is named here, and checks the others
+        if clip_name1 is not None and encoder_path(clip_name1) is None:
+            return f"{clip_name1} is not there: {REMEDY}"
+        return True
 
     def load(self, clip_name1: str, type: str, device: str = "default", backend: str = "auto", **names: str) -> dict:
         chosen = _names({"clip_name1": clip_name1, **names})

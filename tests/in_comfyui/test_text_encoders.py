@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
 import types
@@ -15,6 +16,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.text_encoders.llama
 import comfy.utils
+import execution
 import folder_paths
 import gguf
 import nodes
@@ -384,11 +386,29 @@ def test_the_node(flux, classes):
     assert furthest(encoded(shown["result"][0]), encoded(flux[0])) == 0
     first, second, backend = shown["ui"]["text"][0].splitlines()
     assert first == "clip_l.safetensors" and second.startswith("t5xxl.gguf: t5encoder · ") and backend == "cpu"
-    assert node.VALIDATE_INPUTS(clip_name1="t5xxl.gguf", clip_name2=None) is True
-    assert node.VALIDATE_INPUTS(clip_name1="gone.gguf").startswith("gone.gguf is not there: put it into models/text")
+    assert node.VALIDATE_INPUTS("t5xxl.gguf") is True and node.VALIDATE_INPUTS(None) is True
     with pytest.raises(Exception, match=r"gone.gguf is not there: put it into models/text_encoders"):
         node().load("gone.gguf", "flux")
     assert node.IS_CHANGED(clip_name1="t5xxl.gguf") != node.IS_CHANGED(clip_name1="clip_l.safetensors")
+
+
+WRONG = [
+    ("clip_name1", "clip_name1 - gone is not there: put it into models/text_encoders, or choose another file"),
+    *((name, f"{name}: 'gone' not in ") for name in ("clip_name2", "type", "device", "backend")),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), WRONG)
+def test_each_wrong_input_is_reported_once(name, message, flux, classes):
+    inputs = {"clip_name1": "t5xxl.gguf", "clip_name2": "clip_l.safetensors", "type": "flux"} | {name: "gone"}
+    prompt = {"1": {"class_type": "GraftCLIPLoader", "inputs": inputs}}
+    valid, errors, _ = asyncio.run(execution.validate_inputs("test", prompt, "1", {}))
+    assert not valid and len(errors) == 1 and errors[0]["details"].startswith(message)
+
+
+def test_an_unknown_type_is_refused(flux, load, folder):
+    with pytest.raises(Exception, match=r"has no type flux9 of text encoders: choose one of stable_diffusion, .*sdxl"):
+        load([str(folder / "t5xxl.gguf")], "flux9")
 
 
 def test_clones_share_the_weights(flux, lora):
