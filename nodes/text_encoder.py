@@ -18,10 +18,10 @@ import nodes as host_nodes
 import torch
 
 from .. import kernels
-from ..kernels import CorruptFile, UnsupportedFormat
+from ..kernels import CorruptFile, GraftError, UnsupportedFormat
 from ..ops.gguf_file import PROJECTOR, GGUFFile, describe, open_gguf, other_kind
 from ..ops.layers import EmbeddingMath, packed_layers, unpack_leftovers
-from ..ops.text_encoders import projector_beside, text_encoder_tensors
+from ..ops.text_encoders import projector_beside, projector_files, text_encoder_tensors
 from . import node
 from .ops import HostLayer, TextEncoderOps
 from .patcher import Graft, adopt
@@ -84,7 +84,8 @@ def load_text_encoders(
     if kind not in types():
         raise UnsupportedFormat(f"this ComfyUI has no type {kind} of text encoders: choose one of {', '.join(types())}")
     lines: list[str] = []
-    states = _read(paths, lines)
+    unreadable: list[GraftError] = []
+    states = _read(paths, lines, unreadable)
     options: dict[str, Any] = {
         "custom_operations": TextEncoderOps,
         "initial_device": comfy.model_management.text_encoder_offload_device(),
@@ -108,7 +109,7 @@ def load_text_encoders(
     unpack_leftovers(model)
     _decode_heads(model)
     _check_files(model, kind, paths)
-    _complete(model)
+    _complete(model, unreadable)
     _decode_tables(model)
     model.graft = Graft(model, "\n".join([*lines, str(choice)]))
     for layer in model.graft.layers.values():
@@ -126,8 +127,12 @@ def _load_patcher(*args: Any, **kwargs: Any) -> Any:
     return load_text_encoders(*args, **kwargs).patcher
 
 
-def _read(paths: Sequence[str], lines: list[str]) -> list[dict[str, torch.Tensor]]:
-    """A state dict of each text encoder, and of each file a line for the report."""
+def _read(paths: Sequence[str], lines: list[str], unreadable: list[GraftError]) -> list[dict[str, torch.Tensor]]:
+    """A state dict of each text encoder, and of each file a line for the report.
+
+    Args:
+        unreadable: takes what is wrong with files beside them that may be their projectors.
+    """
     gguf = {path: open_gguf(path) for path in paths if path.lower().endswith(".gguf")}
     projectors = [file for file in gguf.values() if other_kind(file) is PROJECTOR]
     states = []
@@ -137,10 +142,11 @@ def _read(paths: Sequence[str], lines: list[str]) -> list[dict[str, torch.Tensor
             states.append(_without_fp8(comfy.utils.load_torch_file(path, safe_load=True), path))
             lines.append(name)
         elif gguf[path] not in projectors:
-            projector = _projector_for(gguf[path], projectors)
+            projector = _projector_for(gguf[path], projectors, unreadable)
             states.append(text_encoder_tensors(gguf[path], projector))
             seeing = "" if projector is None else f" · sees with {projector.path.name}"
             lines.append(f"{name}: {describe(gguf[path])}{seeing}")
+    lines += [f"the vision projector cannot be read: {error}" for error in unreadable]
     if projectors and not states:
         raise UnsupportedFormat(
             "this is a vision projector (mmproj), not a text encoder: choose its text encoder, the projector is found "
@@ -149,10 +155,10 @@ def _read(paths: Sequence[str], lines: list[str]) -> list[dict[str, torch.Tensor
     return states
 
 
-def _projector_for(file: GGUFFile, chosen: list[GGUFFile]) -> GGUFFile | None:
+def _projector_for(file: GGUFFile, chosen: list[GGUFFile], unreadable: list[GraftError]) -> GGUFFile | None:
     if file.architecture != "qwen2vl":
         return None
-    return chosen[0] if chosen else projector_beside(file)
+    return chosen[0] if chosen else projector_beside(file, unreadable)
 
 
 def _without_fp8(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
@@ -191,13 +197,15 @@ def _check_files(model: torch.nn.Module, kind: str, paths: Sequence[str]) -> Non
         )
 
 
-def _complete(model: torch.nn.Module) -> None:
+def _complete(model: torch.nn.Module, unreadable: list[GraftError]) -> None:
     """What files lack on purpose: CLIP-L's projection where only its tokens are read, eyes in a file of their own."""
+    found = f"; one lies there, but {unreadable[0]}" if unreadable else ""
     for path, layer in packed_layers(model).items():
         if layer.weight is None and path.endswith(".text_projection"):
             layer.load_weight(torch.eye(*layer.logical_shape))
         elif layer.weight is None and ".visual." in path:
-            layer.remedy = "to read pictures, put the vision projector (mmproj) of this text encoder into its folder"
+            folder = "to read pictures, put the vision projector (mmproj) of this text encoder into its folder"
+            layer.remedy = folder + found
 
 
 def _decode_tables(model: torch.nn.Module) -> None:
@@ -319,7 +327,9 @@ class GraftCLIPLoader:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> Any:
-        return [node.file_state(encoder_path(name)) for name in _names(inputs)]
+        paths = [encoder_path(name) for name in _names(inputs)]
+        beside = [file for path in paths if path is not None for file in projector_files(path)]
+        return [node.file_state(path) for path in [*paths, *map(str, beside)]]
 
     @classmethod
     def VALIDATE_INPUTS(cls, clip_name1: str | None) -> bool | str:

@@ -8,8 +8,10 @@ Files with the names of transformers, as other converters write them, are taken 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -199,23 +201,34 @@ def _as_bytes(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def projector_beside(file: GGUFFile) -> GGUFFile | None:
-    """The projector of a text encoder that can see: a GGUF file of the same folder with ``mmproj`` in its name.
+def projector_files(path: str | os.PathLike[str]) -> list[Path]:
+    """What may be the projector of a text encoder: GGUF files of its folder with ``mmproj`` in their names."""
+    files = Path(path).parent.glob("*.[gG][gG][uU][fF]")
+    return sorted(file for file in files if "mmproj" in file.name.lower())
+
+
+def projector_beside(file: GGUFFile, unreadable: list[GraftError] | None = None) -> GGUFFile | None:
+    """The projector of a text encoder that can see, from its folder.
 
     Among those whose outputs are as wide as the text encoder the one is taken that is called like it, else the first.
+
+    Args:
+        unreadable: where none is found, takes what is wrong with files that may be the one.
     """
     if file.architecture != "qwen2vl":
         return None
     width = file.metadata.get("qwen2vl.embedding_length")
-    fitting = []
-    for path in sorted(file.path.parent.glob("*.[gG][gG][uU][fF]")):
-        if "mmproj" in path.name.lower():
-            try:
-                candidate = open_gguf(path)
-            except GraftError:
-                continue
-            if candidate.metadata.get("clip.vision.projection_dim") == width:
-                fitting.append(candidate)
+    fitting, errors = [], []
+    for path in projector_files(file.path):
+        try:
+            candidate = open_gguf(path)
+        except GraftError as error:
+            errors.append(error)
+            continue
+        if candidate.metadata.get("clip.vision.projection_dim") == width:
+            fitting.append(candidate)
+    if unreadable is not None and not fitting:
+        unreadable += errors
     own = _QUANT_SUFFIX.sub("", file.path.stem.lower())
     return min(fitting, key=lambda candidate: own not in candidate.path.name.lower(), default=None)
 

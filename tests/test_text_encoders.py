@@ -158,10 +158,12 @@ def test_the_projector_that_belongs_to_it_is_found(tmp_path):
     file = qwen(tmp_path / "Qwen2.5-VL-7B-Instruct-UD-Q4_K_XL.gguf")
     assert projector_beside(file) is None
     (tmp_path / "broken-mmproj.gguf").write_bytes(b"GGUF")
+    unreadable = []
+    assert projector_beside(file, unreadable) is None and "broken-mmproj.gguf" in str(unreadable[0])
     projector(tmp_path / "a-3B-mmproj.gguf", width=32)
     assert projector_beside(file) is None, "another width is another model's"
     projector(tmp_path / "mmproj-F16.gguf")
-    assert projector_beside(file).path.name == "mmproj-F16.gguf"
+    assert projector_beside(file, unreadable).path.name == "mmproj-F16.gguf" and len(unreadable) == 1
     projector(tmp_path / "zz-Qwen2.5-VL-7B-Instruct-mmproj-BF16.GGUF")
     assert projector_beside(file).path.name == "zz-Qwen2.5-VL-7B-Instruct-mmproj-BF16.GGUF", "the one called like it"
     llama = encoder(tmp_path / "llama.gguf", {"token_embd.weight": (array(8, 64), "F16")})

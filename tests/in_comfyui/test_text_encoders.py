@@ -261,6 +261,25 @@ def test_without_a_projector_it_reads(qwen, load, tmp_path):
         encoded(clip, images=[torch.rand(1, 56, 56, 3)])
 
 
+def test_a_projector_that_comes_later(qwen, load, folder, classes):
+    """The node runs again once it is there; one that cannot be read is not asked for, but complained of."""
+    text, projector = folder / "later.gguf", folder / "later-mmproj.gguf"
+    text.symlink_to(qwen[0].path)
+    hidden = qwen[1].path.rename(qwen[1].path.with_suffix(".away"))
+    try:
+        states = [classes["GraftCLIPLoader"].IS_CHANGED(clip_name1="later.gguf", type="qwen_image")]
+        projector.write_bytes(hidden.read_bytes()[:100_000])
+        states.append(classes["GraftCLIPLoader"].IS_CHANGED(clip_name1="later.gguf", type="qwen_image"))
+        clip = load([str(text)], "qwen_image")
+    finally:
+        hidden.rename(qwen[1].path)
+        projector.unlink()
+    assert states[0] != states[1] and states[0] == states[1][:1]
+    assert "the vision projector cannot be read: " in clip.cond_stage_model.graft.summary
+    with pytest.raises(Exception, match=r"into its folder; one lies there, but .*incomplete.*later-mmproj\.gguf"):
+        encoded(clip, images=[torch.rand(1, 56, 56, 3)])
+
+
 def with_vocabulary(shapes: dict[str, tuple], key: str, rows: int) -> dict[str, tuple]:
     """As many rows as the tokenizer has tokens, which are other than the host declares."""
     return shapes | {key: (rows, shapes[key][1])}
