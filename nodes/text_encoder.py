@@ -280,6 +280,8 @@ class GraftCLIP(comfy.sd.CLIP):
     def clone(self, *args: Any, **kwargs: Any) -> GraftCLIP:
         clone = super().clone(*args, **kwargs)
         clone.__class__ = GraftCLIP
+        # of a clone without dynamic VRAM the host puts the patcher on another copy of the model, and not the CLIP
+        clone.cond_stage_model = clone.patcher.model
         return clone
 
     def get_sd(self) -> dict[str, Any]:

@@ -437,6 +437,13 @@ def test_clones_share_the_weights(flux, lora):
     assert branch.patcher.patches_uuid == graft.patcher.patches_uuid, "a LoRA has the host load the model again"
 
 
+def test_a_clone_on_another_copy_of_the_model(flux, clip_l, monkeypatch):
+    """As hosts with dynamic VRAM make one for scheduled LoRAs."""
+    clone = clip_l[0].patcher.clone
+    monkeypatch.setattr(flux[0].patcher, "clone", lambda *args, **kwargs: clone())
+    assert flux[0].clone().cond_stage_model is clip_l[0].cond_stage_model
+
+
 def test_nothing_stays_of_one_that_nobody_needs(flux, load, folder, lora):
     def loaded() -> list[weakref.ref]:
         clip = load([str(folder / "clip_l.safetensors"), str(folder / "t5xxl.gguf")], "flux")
