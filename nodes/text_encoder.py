@@ -166,21 +166,29 @@ def _without_fp8(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.T
     plain = {}
     for name, tensor in state.items():
         module, _, last = name.rpartition(".")
-        if last == "comfy_quant" and state[f"{module}.weight"].element_size() == 1:
-            if not state[f"{module}.weight"].is_floating_point():
-                raise UnsupportedFormat(
-                    f"{module} is in a format that ComfyUI cannot read beside a GGUF: choose the text encoder in fp16, "
-                    f"fp8 or as GGUF ({path})"
-                )
-        elif last not in (*_SCALES, *_FP8_SETTINGS):
-            narrow = tensor.is_floating_point() and tensor.element_size() == 1
-            plain[name] = _scaled(tensor, module, state) if narrow else tensor
+        if last in (*_SCALES, *_FP8_SETTINGS):
+            continue
+        if last == "weight" and tensor.element_size() == 1:
+            tensor = _scaled(tensor, module, state, path)
+        narrow = tensor.is_floating_point() and tensor.element_size() == 1
+        plain[name] = tensor.to(torch.bfloat16) if narrow else tensor
     return plain
 
 
-def _scaled(weight: torch.Tensor, module: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+def _scaled(weight: torch.Tensor, module: str, state: dict[str, torch.Tensor], path: str) -> torch.Tensor:
+    """An fp8 weight times its scale, one for all of it or one a row; other formats have scales for blocks of a row."""
     scale = next((state[f"{module}.{name}"] for name in _SCALES if f"{module}.{name}" in state), None)
-    return weight.to(torch.bfloat16) if scale is None else (weight.float() * scale.float()).to(torch.bfloat16)
+    if scale is None and f"{module}.comfy_quant" not in state:
+        return weight
+    plain = scale is None or scale.numel() == 1 or scale.shape[0] == scale.numel() == weight.shape[0]
+    if not (plain and weight.is_floating_point()):
+        raise UnsupportedFormat(
+            f"{module} is in a format that ComfyUI cannot read beside a GGUF: choose the text encoder in fp16, fp8 or "
+            f"as GGUF ({path})"
+        )
+    if scale is None:
+        return weight
+    return (weight.float() * scale.float().view(-1, *[1] * (weight.dim() - 1))).to(torch.bfloat16)
 
 
 def _check_files(model: torch.nn.Module, kind: str, paths: Sequence[str]) -> None:

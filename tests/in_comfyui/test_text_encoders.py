@@ -362,6 +362,11 @@ def test_fp8_files_beside_a_gguf(flux, load, folder, tmp_path):
             scaled[name.replace("weight", "scale_weight")] = scale
             scaled[name.replace("weight", "scale_input")] = torch.ones(())
             weight = (scaled[name].float() * scale).to(torch.bfloat16)
+        elif ".q_proj.weight" in name:
+            scale = weight.abs().amax(1) / 448
+            scaled[name] = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+            scaled[name.replace("weight", "weight_scale")] = scale
+            weight = (scaled[name].float() * scale[:, None]).to(torch.bfloat16)
         elif ".mlp.fc2.weight" in name:
             scaled[name] = weight.to(torch.float8_e5m2)
             weight = scaled[name].float()
@@ -375,14 +380,21 @@ def test_fp8_files_beside_a_gguf(flux, load, folder, tmp_path):
     assert furthest(*(encoded(clip) for clip in clips)) == 0
 
 
-def test_a_format_that_cannot_stand_beside_ours(flux, load, folder, tmp_path):
-    state = clip_l_weights()
-    name = next(name for name in state if name.endswith("fc1.weight"))
-    state[name] = torch.zeros(4, 4, dtype=torch.uint8)
-    state[name.replace("weight", "comfy_quant")] = torch.zeros(4, dtype=torch.uint8)
-    save_file(state, tmp_path / "nvfp4.safetensors")
-    with pytest.raises(Exception, match="choose the text encoder in fp16, fp8 or as GGUF"):
-        load([str(tmp_path / "nvfp4.safetensors"), str(folder / "t5xxl.gguf")], "flux")
+FORMATS = {
+    "comfy_quant": ((torch.uint8, (8, 32)), (torch.uint8, (4,))),
+    "weight_scale": ((torch.uint8, (8, 32)), (torch.float8_e4m3fn, (8, 4))),  # nvfp4
+    "scale_weight": ((torch.float8_e4m3fn, (8, 64)), (torch.uint8, (8, 2))),  # mxfp8
+}
+
+
+@pytest.mark.parametrize("mark", FORMATS)
+def test_a_format_that_cannot_stand_beside_ours(mark, load, tmp_path):
+    """Marked as such, or known by its scales, where a file says in its header alone what its formats are."""
+    (kind, shape), (kind_of_scale, shape_of_scale) = FORMATS[mark]
+    state = {"fc1.weight": torch.zeros(shape).to(kind), f"fc1.{mark}": torch.zeros(shape_of_scale).to(kind_of_scale)}
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(Exception, match=r"fc1 is in a format .*choose the text encoder in fp16, fp8 or as GGUF"):
+        load([str(tmp_path / "other.safetensors")], "flux")
 
 
 @pytest.mark.parametrize(("file", "wanted"), [("clip_l.safetensors", "t5xxl"), ("t5xxl.gguf", "clip_l")])
