@@ -135,7 +135,7 @@ def _read(paths: Sequence[str], lines: list[str], unreadable: list[GraftError]) 
     """
     gguf = {path: open_gguf(path) for path in paths if path.lower().endswith(".gguf")}
     projectors = [file for file in gguf.values() if other_kind(file) is PROJECTOR]
-    states = []
+    states, used = [], []
     for path in paths:
         name = os.path.basename(path)
         if path not in gguf:
@@ -144,8 +144,11 @@ def _read(paths: Sequence[str], lines: list[str], unreadable: list[GraftError]) 
         elif gguf[path] not in projectors:
             projector = _projector_for(gguf[path], projectors, unreadable)
             states.append(text_encoder_tensors(gguf[path], projector))
+            used.append(projector)
             seeing = "" if projector is None else f" · sees with {projector.path.name}"
             lines.append(f"{name}: {describe(gguf[path])}{seeing}")
+    unused = [file.path.name for file in projectors if file not in used]
+    lines += [f"{name}: not used, none of these text encoders sees with it" for name in unused]
     lines += [f"the vision projector cannot be read: {error}" for error in unreadable]
     if projectors and not states:
         raise UnsupportedFormat(
@@ -214,6 +217,9 @@ def _complete(model: torch.nn.Module, unreadable: list[GraftError]) -> None:
         elif layer.weight is None and ".visual." in path:
             folder = "to read pictures, put the vision projector (mmproj) of this text encoder into its folder"
             layer.remedy = folder + found
+        elif layer.weight is None and (".vision_model." in path or ".multi_modal_projector." in path):
+            # Gemma 3's, whose projector has its tensors in another layout
+            layer.remedy = "to read pictures, take this text encoder as safetensors"
 
 
 def _decode_tables(model: torch.nn.Module) -> None:

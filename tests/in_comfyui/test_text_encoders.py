@@ -280,6 +280,21 @@ def test_a_projector_that_comes_later(qwen, load, folder, classes):
         encoded(clip, images=[torch.rand(1, 56, 56, 3)])
 
 
+def test_gemma_3_sees_from_safetensors_only(pack):
+    model, ops = torch.nn.Module(), pack("nodes.ops").TextEncoderOps
+    model.vision = torch.nn.Module()
+    model.vision.vision_model = torch.nn.Sequential(ops.Linear(8, 8))
+    pack("nodes.text_encoder")._complete(model, [])
+    with pytest.raises(Exception, match="to read pictures, take this text encoder as safetensors"):
+        model.vision.vision_model(torch.zeros(1, 8))
+
+
+def test_a_projector_that_no_encoder_sees_with(qwen, flux, load, folder):
+    clip = load([str(folder / "clip_l.safetensors"), str(folder / "t5xxl.gguf"), str(qwen[1].path)], "flux")
+    line = "Qwen2.5-VL-mmproj-F16.gguf: not used, none of these text encoders sees with it"
+    assert line in clip.cond_stage_model.graft.summary.splitlines()
+
+
 def with_vocabulary(shapes: dict[str, tuple], key: str, rows: int) -> dict[str, tuple]:
     """As many rows as the tokenizer has tokens, which are other than the host declares."""
     return shapes | {key: (rows, shapes[key][1])}
