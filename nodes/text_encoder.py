@@ -20,7 +20,7 @@ import torch
 from .. import kernels
 from ..kernels import CorruptFile, GraftError, UnsupportedFormat
 from ..ops.gguf_file import PROJECTOR, GGUFFile, describe, open_gguf, other_kind
-from ..ops.layers import EmbeddingMath, packed_layers, unpack_leftovers
+from ..ops.layers import EmbeddingMath, LinearMath, packed_layers, unpack_leftovers
 from ..ops.text_encoders import projector_beside, projector_files, text_encoder_tensors
 from . import node
 from .ops import HostLayer, TextEncoderOps
@@ -246,11 +246,13 @@ def _logits(model: Any, x: torch.Tensor) -> torch.Tensor:
     head = getattr(model, "lm_head", None)
     if head is not None:
         return head(last)
-    table = model.embed_tokens
+    table, tied = model.embed_tokens, LinearMath()
+    for name in ("weight", "fmt", "logical_shape", "backend"):
+        setattr(tied, name, getattr(table, name))
     data, _, release = table.fetch(last)
     try:
-        rows = table.logical_shape[0]
-        return kernels.linear(last, data, table.format_of(data), rows=rows, backend=table.backend)
+        # the table's adapters are the head's
+        return tied.compute(last, data) if table.residual is None else table.residual(last, tied, data, None)
     finally:
         release()
 

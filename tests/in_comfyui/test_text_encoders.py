@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.text_encoders.llama
 import comfy.utils
+import comfy.weight_adapter
 import execution
 import folder_paths
 import gguf
@@ -337,6 +338,25 @@ def test_lumina_reads_with_the_tokenizer_in_the_file(gemma):
 def test_it_writes_text(gemma):
     got, want = (clip.generate(clip.tokenize("the fox"), do_sample=False, max_length=8) for clip in gemma)
     assert got == want and len(got) == 8
+
+
+@pytest.mark.skipif(not hasattr(comfy.text_encoders.llama, "BaseGenerate"), reason="this ComfyUI writes no text")
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+def test_patches_of_the_vocabulary_change_what_it_writes(kind, gemma):
+    """Its rows give the scores of the next token, too."""
+    key = "gemma2_2b.transformer.model.embed_tokens.weight"
+    rows, width = gemma[0].cond_stage_model.graft.layers[key.removesuffix(".weight")].logical_shape
+    g = torch.Generator().manual_seed(3)
+    up, down = torch.randn(rows, 4, generator=g) / 4, torch.randn(4, width, generator=g) / width**0.5
+    lora = comfy.weight_adapter.LoRAAdapter(set(), (up, down, 4.0, None, None, None))
+    written = []
+    for clip in (gemma[1], *gemma):
+        branch = clip.clone()
+        if written:
+            assert branch.add_patches({key: lora if kind == "lora" else ("diff", (up @ down,))})
+        written.append(branch.generate(branch.tokenize("the fox"), do_sample=False, max_length=8))
+    base, got, want = written
+    assert got == want != base
 
 
 @pytest.mark.parametrize(
