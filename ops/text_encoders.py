@@ -82,6 +82,15 @@ _VISION = {
 _DROPPED = ("dec.", "rope_freqs.")
 """What text encoders do not have: T5's decoder, and factors that llama.cpp keeps for its rotary embedding."""
 
+_UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+"""Other T5 have distances in their first block alone."""
+
+_PILE_T5_WIDTH = 2048
+"""AuraFlow's, which is a UMT5, too; hosts have a copy of its tokenizer."""
+
+_TEKKEN_ROWS = 131072
+"""Of Mistral's vocabulary, in all models with this tokenizer."""
+
 _QUANT_SUFFIX = re.compile(r"[-_.]?(ud[-_])?(i?q\d\w*|tq\d\w*|b?f16|f32|mxfp4\w*)$", re.IGNORECASE)
 
 
@@ -101,7 +110,8 @@ def text_encoder_tensors(file: GGUFFile, projector: GGUFFile | None = None) -> d
     """
     _check_kind(file)
     if not _has_llama_cpp_names(file):
-        return {name: as_weight(tensor) for name, tensor in file.tensors.items()}
+        state = {name: as_weight(tensor) for name, tensor in file.tensors.items()}
+        return state | _tokenizer(file, state)
     architecture = file.architecture or ""
     if architecture not in _NAMES:
         known = ", ".join(_NAMES)
@@ -117,7 +127,7 @@ def text_encoder_tensors(file: GGUFFile, projector: GGUFFile | None = None) -> d
         _join_halves(state, file, architecture)
     if names is _GEMMA:
         _shift_norms(state)
-    state |= _tokenizer(file)
+    state |= _tokenizer(file, state)
     return state if projector is None else state | _vision_tensors(projector)
 
 
@@ -188,12 +198,25 @@ def _shift_norms(state: dict[str, torch.Tensor]) -> None:
             state[name] = weight.to(torch.float32) - 1
 
 
-def _tokenizer(file: GGUFFile) -> dict[str, torch.Tensor]:
-    """The tokenizers that hosts have no copy of; UMT5's is known by its relative biases in every block."""
-    if file.architecture in ("gemma2", "gemma3") or "enc.blk.1.attn_rel_b.weight" in file.tensors:
+def _tokenizer(file: GGUFFile, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tokenizers that hosts have no copy of, unless one is in the file: UMT5's, Gemma's and Mistral's.
+
+    They are known by their weights, since files with the names of transformers may call their architecture anything.
+    """
+    if "spiece_model" in state or "tekken_model" in state:
+        return {}
+    shapes = {name: tuple(weight.shape) for name, weight in state.items()}
+    is_umt5 = _UMT5 in shapes and shapes.get("shared.weight", ())[1:] != (_PILE_T5_WIDTH,)
+    if is_umt5 or "model.layers.0.post_feedforward_layernorm.weight" in shapes:
         return {"spiece_model": _as_bytes(sentencepiece_model(file))}
-    if file.metadata.get("tokenizer.ggml.pre") == "tekken":
+    splits = file.metadata.get("tokenizer.ggml.pre")
+    if splits == "tekken":
         return {"tekken_model": _as_bytes(tekken_model(file))}
+    if shapes.get("model.embed_tokens.weight", ())[:1] == (_TEKKEN_ROWS,):
+        raise UnsupportedFormat(
+            f"Mistral's tokenizer cannot be rebuilt, since the file splits words like {splits or 'nothing'} and not "
+            f"like tekken: get this text encoder from another source ({file.path})"
+        )
     return {}
 
 

@@ -97,13 +97,53 @@ def test_names_of_transformers_are_kept(tmp_path):
         assert text_encoder_tensors(encoder(tmp_path / "a.gguf", tensors, architecture)).keys() == tensors.keys()
 
 
+def tokenizer_of(path) -> dict:
+    """What a file of the samples has in its metadata."""
+    return {key: value for key, value in open_gguf(path).metadata.items() if key.startswith("tokenizer.")}
+
+
 def test_mistral_brings_its_tokenizer(tmp_path):
     tokenizer = samples.train_tekken(samples.TEKKEN_PATTERN)
-    metadata = dict(open_gguf(samples.write_tekken(tmp_path / "tokens.gguf", tokenizer)).metadata)
-    metadata = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    metadata = tokenizer_of(samples.write_tekken(tmp_path / "tokens.gguf", tokenizer))
     file = encoder(tmp_path / "a.gguf", {"token_embd.weight": (array(8, 64), "F16")}, **metadata)
     model = text_encoder_tensors(file)["tekken_model"]
     assert model.dtype == torch.uint8 and bytes(model.numpy()).startswith(b'{"config"')
+
+
+UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+GEMMA = "model.layers.0.post_feedforward_layernorm.weight"
+
+
+@pytest.mark.parametrize("name", [UMT5, GEMMA])
+def test_a_tokenizer_is_known_by_the_weights(name, tmp_path):
+    """As other converters write UMT5 and Gemma, whatever they call the architecture."""
+    umt5 = name == UMT5
+    original = samples.train_umt5(True) if umt5 else samples.train_gemma()
+    rows = samples.processor(original).vocab_size()
+    write = samples.write_t5 if umt5 else samples.write_gemma
+    metadata = tokenizer_of(write(tmp_path / "tokens.gguf", original, rows))
+    tensors = {name: (array(32, 4), "F32"), "shared.weight": (array(8, 64), "F16")}
+    model = text_encoder_tensors(encoder(tmp_path / "a.gguf", tensors, "pig", **metadata))["spiece_model"]
+    text = samples.TEXTS[1]
+    assert samples.processor(bytes(model.numpy())).encode(text) == samples.processor(original).encode(text)
+    with pytest.raises(UnsupportedFormat, match="tokenizer"):
+        text_encoder_tensors(encoder(tmp_path / "a.gguf", tensors, "pig"))
+    # and one in the file is taken as it is
+    with_model = {**tensors, "spiece_model": (array(4), "F32")}
+    assert text_encoder_tensors(encoder(tmp_path / "a.gguf", with_model, "pig", **metadata)).keys() == with_model.keys()
+
+
+def test_a_tokenizer_that_hosts_have_is_not_wanted(tmp_path):
+    """AuraFlow's T5 has the distances of a UMT5."""
+    tensors = {UMT5: (array(32, 4), "F32"), "shared.weight": (array(2, 2048), "F16")}
+    assert text_encoder_tensors(encoder(tmp_path / "a.gguf", tensors, "pig")).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("splits", [{}, {"tokenizer.ggml.pre": "default"}])
+def test_a_mistral_without_its_tokenizer_is_refused(splits, tmp_path):
+    file = encoder(tmp_path / "a.gguf", {"token_embd.weight": (array(131072, 1), "F16")}, **splits)
+    with pytest.raises(UnsupportedFormat, match=r"Mistral's tokenizer cannot be rebuilt.* not like tekken: get this"):
+        text_encoder_tensors(file)
 
 
 REFUSED = [
