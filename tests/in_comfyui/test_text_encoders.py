@@ -15,6 +15,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.sd
 import comfy.text_encoders.llama
+import comfy.text_encoders.wan
 import comfy.utils
 import comfy.weight_adapter
 import execution
@@ -310,6 +311,9 @@ def test_wan_reads_with_the_tokenizer_in_the_file(folder, load):
     with small(vocab_size=rows):
         want = dense_clip([umt5.dense | {"spiece_model": stored(original)}], "wan")
     got = load([str(umt5.path)], "wan")
+    for clip in (got, want):
+        assert isinstance(clip.cond_stage_model, comfy.text_encoders.wan.WanT5Model)
+        assert isinstance(clip.tokenizer, comfy.text_encoders.wan.WanT5Tokenizer)
     assert furthest(encoded(got, samples.TEXTS[3]), encoded(want, samples.TEXTS[3])) < 1e-5
     assert torch.equal(got.get_sd()["spiece_model"], got.tokenizer.state_dict()["spiece_model"])
 

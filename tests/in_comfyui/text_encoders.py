@@ -40,6 +40,15 @@ ORIGINALS = {
 }  # fmt: skip
 
 
+detect_te_model = comfy.sd.detect_te_model
+
+
+def detect_small(state: Mapping[str, torch.Tensor]) -> Any:
+    """The host knows T5 XXL by layers and widths that a small UMT5 does not have."""
+    is_umt5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in state
+    return comfy.sd.TEModel.T5_XXL if is_umt5 else detect_te_model(state)
+
+
 @contextmanager
 def small(**sizes: int) -> Iterator[None]:
     """Within this, the host's text encoders are a few million weights large; their code is the host's own.
@@ -64,12 +73,15 @@ def small(**sizes: int) -> Iterator[None]:
     def small_vision(self: Any, *args: Any, **kwargs: Any) -> None:
         init_vision(self, *args, **kwargs | VISION)
 
+    detect = comfy.sd.detect_te_model
     before = [cls.__init__ for cls in ORIGINALS]
     for cls, init in zip(ORIGINALS, (small_llama, small_t5, small_clip, small_vision), strict=True):
         cls.__init__ = init
+    comfy.sd.detect_te_model = detect_small
     try:
         yield
     finally:
+        comfy.sd.detect_te_model = detect
         for cls, init in zip(ORIGINALS, before, strict=True):
             cls.__init__ = init
 
