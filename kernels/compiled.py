@@ -8,19 +8,20 @@ Strengths and factors are tensors that go in, so a new one does not recompile.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from . import dispatch
 
 
-def _operator(schema: str) -> Callable:
+def _operator(schema: str) -> Callable[[Any], Any]:
     """`torch.library.custom_op`, or what torch before 2.4, with which Forge comes, has in its place."""
     name = f"graft::{schema.partition('(')[0]}"
     if hasattr(torch.library, "custom_op"):
         return torch.library.custom_op(name, mutates_args=())
 
-    def register(function: Callable) -> Callable:
+    def register(function: Any) -> Any:
         torch.library.define(name, schema[schema.index("(") :])
         torch.library.impl(name, "CompositeExplicitAutograd", function)
         function.register_fake = torch.library.impl_abstract(name)
