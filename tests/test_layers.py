@@ -308,6 +308,7 @@ def test_under_autocast_a_layer_computes_as_torchs_own_does(case):
         assert torch.equal(layer(x.double()), layer.compute(x.double(), layer.weight.data, layer.bias))
 
 
+@pytest.mark.filterwarnings("ignore:torch.is_autocast_cpu_enabled")
 def test_autocast_under_the_names_that_torch_2_3_has_for_it(monkeypatch):
     """The torch that Forge installs; what it lacks is taken away here."""
     for name in ("get_autocast_dtype", "set_autocast_dtype"):
@@ -320,6 +321,7 @@ def test_autocast_under_the_names_that_torch_2_3_has_for_it(monkeypatch):
     assert layers.autocast_dtype(x) == torch.bfloat16 and layers.autocast_dtype(x.double()) == torch.float64
 
 
+@pytest.mark.filterwarnings("ignore:`torch.library.impl_abstract` was renamed")
 def test_operators_of_a_torch_without_custom_op(monkeypatch):
     from graft.kernels import compiled
 

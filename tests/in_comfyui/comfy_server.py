@@ -94,7 +94,7 @@ class Server:
         return asyncio.run(asyncio.wait_for(self._run(workflow, drawn), 240))
 
     def refused(self, workflow: dict) -> dict[str, str]:
-        """What the host has against a prompt before anything runs: each such node's class and its first error."""
+        """What the host has against a prompt before anything runs: each such node's class and its errors."""
         return asyncio.run(self._refused(workflow))
 
     async def _refused(self, workflow: dict) -> dict[str, str]:
@@ -103,7 +103,7 @@ class Server:
         address = f"http://127.0.0.1:{self.port}/prompt"
         async with aiohttp.ClientSession() as session, session.post(address, json={"prompt": workflow}) as answer:
             errors = (await answer.json())["node_errors"].values()
-        return {node["class_type"]: node["errors"][0]["details"] for node in errors}
+        return {node["class_type"]: "; ".join(error["details"] for error in node["errors"]) for node in errors}
 
     async def _run(self, workflow: dict, drawn: dict | None) -> dict:
         import aiohttp
