@@ -90,9 +90,7 @@ def load_diffusion_model(
         patcher.model.manual_cast_dtype = dtype
     unpack_leftovers(patcher.model, _declared_dtype)
     _unpack_probed(patcher.model)
-    patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice))
-    for layer in patcher.model.graft.layers.values():
-        layer.backend = backend
+    patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice), backend)
     if choice.name == "triton":
         _warm(file, patcher, device)
     make_savable(patcher.model)
@@ -181,10 +179,7 @@ class GraftUNETLoader:
                     list(COMPUTE_DTYPES),
                     {"default": "auto", "tooltip": "Precision of the computation; auto takes what ComfyUI chooses."},
                 ),
-                "backend": (
-                    list(kernels.BACKENDS),
-                    {"default": "auto", "tooltip": "What decodes the weights: auto takes the first that can."},
-                ),
+                "backend": node.BACKEND,
             },
         }
 
@@ -195,13 +190,13 @@ class GraftUNETLoader:
     @classmethod
     def VALIDATE_INPUTS(cls, unet_name: str | None) -> bool | str:
         if unet_name is not None and model_path(unet_name) is None:
-            return f"{unet_name} is not there: {REMEDY}"
+            return node.missing(unet_name, REMEDY)
         return True
 
     def load(self, unet_name: str, compute_dtype: str = "auto", backend: str = "auto") -> dict:
         path = model_path(unet_name)
         if path is None:
-            raise CorruptFile(f"{unet_name} is not there: {REMEDY}")
+            raise CorruptFile(node.missing(unet_name, REMEDY))
         patcher = load_diffusion_model(path, compute_dtype, backend)
         log.info("%s: %s", os.path.basename(path), patcher.graft.summary)
         return node.result((patcher,), patcher.graft.summary)

@@ -75,10 +75,11 @@ def apply_lora(
 
 def layer_names(model: Any, modules: Collection[str]) -> dict[str, Any]:
     """The host's names for the layers of a MODEL, and ours for those of a file's `modules` that it has none for."""
-    ours = module_names(_weight_shapes(model))
+    theirs = comfy.lora.model_lora_keys_unet(model.model, {})
+    unknown = [module for module in modules if module not in theirs]
+    ours = module_names(_weight_shapes(model)) if unknown else {}
     # the host tries every name that it is given on every kind of adapter, so it gets no others
-    found = {module: _host_key(ours[module]) for module in modules if module in ours}
-    return found | comfy.lora.model_lora_keys_unet(model.model, {})
+    return theirs | {module: _host_key(ours[module]) for module in unknown if module in ours}
 
 
 def _host_key(target: Target) -> Any:

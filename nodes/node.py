@@ -9,10 +9,18 @@ from typing import Any
 
 import folder_paths
 
+from .. import kernels
+
 CATEGORY = "Graft"
 
 UNKNOWN = ""
 """Stands for the state of a file whose name comes through a link: hosts tell it only to the node itself."""
+
+BACKEND = (
+    list(kernels.BACKENDS),
+    {"default": "auto", "tooltip": "What decodes the weights: auto takes the first that can."},
+)
+"""An input of both loaders."""
 
 WEB = Path(__file__).resolve().parent.parent / "web"
 """What the front end is served: its part of the nodes, and help pages by node id."""
@@ -42,6 +50,11 @@ def files(*keys: str) -> list[str]:
 def file_path(name: str, *keys: str) -> str | None:
     """Where a listed file lies, or None if it is gone."""
     return next((path for key in keys if (path := folder_paths.get_full_path(key, name))), None)
+
+
+def missing(name: str, remedy: str) -> str:
+    """What to say of a file that is chosen and gone."""
+    return f"{name} is not there: {remedy}"
 
 
 def file_state(path: str | None) -> str | float:

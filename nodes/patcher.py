@@ -56,8 +56,10 @@ class Graft:
 
     encoding = False
 
-    def __init__(self, model: torch.nn.Module, summary: str = "") -> None:
+    def __init__(self, model: torch.nn.Module, summary: str = "", backend: str = "auto") -> None:
         layers = packed_layers(model)
+        for layer in layers.values():
+            layer.backend = backend
         sources = {name: layer.weight.data for name, layer in layers.items() if layer.weight is not None}
         self._own(layers, sources, summary)
 

@@ -21,7 +21,7 @@ from .. import kernels
 from ..kernels import CorruptFile, GraftError, UnsupportedFormat
 from ..ops.gguf_file import PROJECTOR, GGUFFile, describe, open_gguf, other_kind
 from ..ops.layers import EmbeddingMath, LinearMath, packed_layers, unpack_leftovers
-from ..ops.text_encoders import projector_beside, projector_files, text_encoder_tensors
+from ..ops.text_encoders import check_text_encoder, projector_beside, projector_files, text_encoder_tensors
 from . import node
 from .ops import HostLayer, TextEncoderOps
 from .patcher import Graft, adopt
@@ -81,8 +81,9 @@ def load_text_encoders(
         UnsupportedFormat: a file is not a text encoder, or none that a host knows, or this host has no such type.
         NoBackend: the backend cannot run here.
     """
-    if kind not in types():
-        raise UnsupportedFormat(f"this ComfyUI has no type {kind} of text encoders: choose one of {', '.join(types())}")
+    known = types()
+    if kind not in known:
+        raise UnsupportedFormat(f"this ComfyUI has no type {kind} of text encoders: choose one of {', '.join(known)}")
     lines: list[str] = []
     unreadable: list[GraftError] = []
     states = _read(paths, lines, unreadable)
@@ -111,9 +112,7 @@ def load_text_encoders(
     _check_files(model, kind, paths)
     _complete(model, unreadable)
     _decode_tables(model)
-    model.graft = Graft(model, "\n".join([*lines, str(choice)]))
-    for layer in model.graft.layers.values():
-        layer.backend = backend
+    model.graft = Graft(model, "\n".join([*lines, str(choice)]), backend)
     for module in model.modules():
         if hasattr(module, "encode_token_weights"):
             # not kept for the next: the host makes some of these classes anew for each model
@@ -151,10 +150,7 @@ def _read(paths: Sequence[str], lines: list[str], unreadable: list[GraftError]) 
     lines += [f"{name}: not used, none of these text encoders sees with it" for name in unused]
     lines += [f"the vision projector cannot be read: {error}" for error in unreadable]
     if projectors and not states:
-        raise UnsupportedFormat(
-            "this is a vision projector (mmproj), not a text encoder: choose its text encoder, the projector is found "
-            f"beside it ({paths[0]})"
-        )
+        check_text_encoder(projectors[0])
     return states
 
 
@@ -336,10 +332,7 @@ class GraftCLIPLoader:
             "optional": more
             | {
                 "device": (list(DEVICES), {"default": "default", "tooltip": "Where they run."}),
-                "backend": (
-                    list(kernels.BACKENDS),
-                    {"default": "auto", "tooltip": "What decodes the weights: auto takes the first that can."},
-                ),
+                "backend": node.BACKEND,
             },
         }
 
@@ -353,16 +346,17 @@ class GraftCLIPLoader:
     def VALIDATE_INPUTS(cls, clip_name1: str | None) -> bool | str:
         # of the first file alone, since the host repeats this on every input that is named here, and checks the others
         if clip_name1 is not None and encoder_path(clip_name1) is None:
-            return f"{clip_name1} is not there: {REMEDY}"
+            return node.missing(clip_name1, REMEDY)
         return True
 
     def load(self, clip_name1: str, type: str, device: str = "default", backend: str = "auto", **names: str) -> dict:
-        chosen = _names({"clip_name1": clip_name1, **names})
-        paths = [encoder_path(name) for name in chosen]
-        for name, path in zip(chosen, paths, strict=True):
+        paths = []
+        for name in _names({"clip_name1": clip_name1, **names}):
+            path = encoder_path(name)
             if path is None:
-                raise CorruptFile(f"{name} is not there: {REMEDY}")
-        clip = load_text_encoders([path for path in paths if path is not None], type, device, backend)
+                raise CorruptFile(node.missing(name, REMEDY))
+            paths.append(path)
+        clip = load_text_encoders(paths, type, device, backend)
         text = clip.cond_stage_model.graft.summary
         log.info("%s", text)
         return node.result((clip,), text)

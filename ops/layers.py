@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 _PLAIN = {fmt.dtype: fmt for fmt in FORMATS if fmt.dtype is not None}
 
+# torch before 2.4, with which Forge comes, knows autocast on CUDA and on CPUs only, and by names of their own
+_ASKS_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
+
 
 def format_of(tensor: torch.Tensor) -> Format:
     """The GGUF format of a weight: a PackedTensor's own, else that of its dtype.
@@ -77,14 +80,12 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if _is_autocast(device.type) else contextlib.nullcontext()
 
 
-# torch before 2.4, with which Forge comes, knows autocast on CUDA and on CPUs only, and by names of their own
-_ASKS_BY_DEVICE = hasattr(torch, "get_autocast_dtype")
-
-
 def _is_autocast(kind: str) -> bool:
     if _ASKS_BY_DEVICE:
         return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return {"cpu": torch.is_autocast_cpu_enabled, "cuda": torch.is_autocast_enabled}.get(kind, bool)()
+    if kind == "cpu":
+        return torch.is_autocast_cpu_enabled()
+    return kind == "cuda" and torch.is_autocast_enabled()
 
 
 class PackedLayer(nn.Module):

@@ -108,7 +108,7 @@ def text_encoder_tensors(file: GGUFFile, projector: GGUFFile | None = None) -> d
         UnsupportedFormat: it is no text encoder, or one that no host has.
         CorruptFile: its tokenizer is damaged.
     """
-    _check_kind(file)
+    check_text_encoder(file)
     if not _has_llama_cpp_names(file):
         state = {name: as_weight(tensor) for name, tensor in file.tensors.items()}
         return state | _tokenizer(file, state)
@@ -131,7 +131,12 @@ def text_encoder_tensors(file: GGUFFile, projector: GGUFFile | None = None) -> d
     return state if projector is None else state | _vision_tensors(projector)
 
 
-def _check_kind(file: GGUFFile) -> None:
+def check_text_encoder(file: GGUFFile) -> None:
+    """Refuse what is something else, with what to do about it.
+
+    Raises:
+        UnsupportedFormat: it is no text encoder.
+    """
     kind = other_kind(file)
     if kind is TEXT_ENCODER:
         return
