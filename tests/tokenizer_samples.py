@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gguf
 import sentencepiece
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CORPUS = [
@@ -87,6 +88,11 @@ def _train(**options: object) -> bytes:
 
 def processor(model: bytes, **options: object) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model, **options)
+
+
+def stored(model: bytes) -> torch.Tensor:
+    """A tokenizer as it lies in a state dict."""
+    return torch.frombuffer(bytearray(model), dtype=torch.uint8)
 
 
 def write_t5(path: str | os.PathLike[str], model: bytes, vocab_size: int) -> Path:

@@ -41,11 +41,6 @@ def encoded(clip: Any, text: str = WORDS, **tokenizer: Any) -> dict:
     return clip.encode_from_tokens(clip.tokenize(text, **tokenizer), return_dict=True)
 
 
-def stored(model: bytes) -> torch.Tensor:
-    """A tokenizer as it lies in a state dict."""
-    return torch.frombuffer(bytearray(model), dtype=torch.uint8)
-
-
 def furthest(got: dict, want: dict) -> float:
     """The largest distance of all that was encoded; what is zero for the host (a pooled output) has to be zero."""
     assert got.keys() == want.keys() and "cond" in got
@@ -309,7 +304,7 @@ def test_wan_reads_with_the_tokenizer_in_the_file(folder, load):
     tokenizer = partial(samples.add_t5, model=original, vocab_size=rows)
     umt5 = write(folder / "umt5.gguf", MODEL_ARCH.T5ENCODER, shapes, "Q6_K", tokenizer)
     with small(vocab_size=rows):
-        want = dense_clip([umt5.dense | {"spiece_model": stored(original)}], "wan")
+        want = dense_clip([umt5.dense | {"spiece_model": samples.stored(original)}], "wan")
     got = load([str(umt5.path)], "wan")
     for clip in (got, want):
         assert isinstance(clip.cond_stage_model, comfy.text_encoders.wan.WanT5Model)
@@ -330,7 +325,7 @@ def gemma(folder, load):
 
     file = write(folder / "gemma.gguf", MODEL_ARCH.GEMMA2, shapes, "Q8_0", metadata)
     with small(vocab_size=rows):
-        want = dense_clip([file.dense | {"spiece_model": stored(original)}], "lumina2")
+        want = dense_clip([file.dense | {"spiece_model": samples.stored(original)}], "lumina2")
     return load([str(file.path)], "lumina2"), want
 
 

@@ -19,13 +19,8 @@ GEMMA = {
 }
 
 
-def stored(model: bytes) -> torch.Tensor:
-    """As it lies in a state dict."""
-    return torch.frombuffer(bytearray(model), dtype=torch.uint8)
-
-
 def rebuilt(pack, path, build: str) -> torch.Tensor:
-    return stored(getattr(pack("ops.tokenizers"), build)(pack("ops.gguf_file").open_gguf(path)))
+    return samples.stored(getattr(pack("ops.tokenizers"), build)(pack("ops.gguf_file").open_gguf(path)))
 
 
 def ids(tokenizer, text: str) -> list[list[int]]:
@@ -40,7 +35,7 @@ def test_sentencepiece(name, pack, tmp_path):
     original = samples.train_umt5(byte_fallback=True) if name in UMT5 else samples.train_gemma()
     write = samples.write_t5 if name in UMT5 else samples.write_gemma
     path = write(tmp_path / "a.gguf", original, samples.processor(original).vocab_size() + 5)
-    theirs = kind(tokenizer_data={"spiece_model": stored(original)})
+    theirs = kind(tokenizer_data={"spiece_model": samples.stored(original)})
     ours = kind(tokenizer_data={"spiece_model": rebuilt(pack, path, "sentencepiece_model")})
     for text in samples.TEXTS:
         assert ids(ours, text) == ids(theirs, text), text
