@@ -22,7 +22,7 @@ import stat
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +30,10 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from ..kernels.errors import CorruptFile, UnsupportedFormat
-from ..kernels.formats import Format, by_type
+from ...kernels.errors import CorruptFile, UnsupportedFormat, plain
+from ...kernels.formats import Format, by_type
+from .contents import CONNECTORS, VACE, other_kind
+from .mapped import MappedFile
 
 Value: TypeAlias = "bool | int | float | str | list[Value]"
 
@@ -46,12 +48,15 @@ _U32, _U64 = _SCALARS[4], _SCALARS[10]
 # Bounds far above what real files hold, so that a hostile header stays cheap: the largest
 # vocabularies have 262,144 tokens and twice as many merges, the largest embedded tokenizer 33 MB.
 _MAX_ENTRIES = 1 << 16  # metadata entries, tensors
-_MAX_ITEMS = 1 << 22  # strings and arrays inside arrays, all together
+_MAX_ITEMS = 1 << 22  # strings inside arrays, all together
+_MAX_ARRAYS = 1 << 16  # arrays inside arrays, all together; nobody writes any
 _MAX_NUMBERS = 1 << 23  # in one array
 _MAX_TEXT_BYTES = 1 << 26  # one string outside arrays
 _MAX_NAME_BYTES = (1 << 16) - 1  # the specification's bound on a key
 _MAX_NESTING = 4
 _MAX_DIMS = 8  # ggml stops at 4; converters for ComfyUI write 5
+_MAX_WEIGHTS = (1 << 63) - 1  # torch counts no further
+_MAX_WEIGHTS_PER_BYTE = 8  # IQ1_S has 5.12
 _MAX_ALIGNMENT = 1 << 24
 _DEFAULT_ALIGNMENT = 32
 
@@ -59,10 +64,11 @@ _PAGE_FILE_TOO_SMALL = 1455  # Windows's ERROR_COMMITMENT_LIMIT
 
 _AGAIN = "the download is incomplete or damaged, get it again"
 _REPR = reprlib.Repr()  # for names and values in messages: quoted, and cut when they are long
-_REPR.maxstring = _REPR.maxother = 120
+_SHOWN_CHARACTERS = 120
+_REPR.maxstring = _REPR.maxother = _SHOWN_CHARACTERS
 _shown = _REPR.repr
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-_DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +113,7 @@ class GGUFFile:
         size: bytes of the whole file.
         metadata: key to value; an array is decoded when it is first asked for.
         tensors: name to tensor, in the file's order.
+        mapped: tells whether it is still as it was.
     """
 
     path: Path
@@ -115,12 +122,13 @@ class GGUFFile:
     size: int
     metadata: Metadata = field(repr=False)
     tensors: dict[str, GGUFTensor] = field(repr=False)
+    mapped: MappedFile | None = field(default=None, repr=False)
 
     @property
     def architecture(self) -> str | None:
-        """What the converter called the model, e.g. ``flux``; a hint, since anything may stand there."""
+        """What the converter called the model, e.g. ``flux``; a hint, since anything may stand there: cut and plain."""
         name = self.metadata.get("general.architecture")
-        return name if isinstance(name, str) else None
+        return plain(name[:_SHOWN_CHARACTERS]) if isinstance(name, str) else None
 
     @property
     def parameters(self) -> int:
@@ -152,7 +160,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             that cannot be a weight.
     """
     path = Path(path)
-    mapping = _map(path)
+    mapping, mapped = _map(path)
     size = len(mapping)
     _check_magic(mapping[:512], size, path)
     cursor = _Cursor(mapping, 4, path)
@@ -166,7 +174,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     infos = [_read_tensor_info(cursor) for _ in range(tensor_count)]
     start = cursor.offset + -cursor.offset % alignment
     tensors = _build_tensors(infos, metadata, mapping, start, alignment, path)
-    return GGUFFile(path, version, alignment, size, metadata, tensors)
+    return GGUFFile(path, version, alignment, size, metadata, tensors, mapped)
 
 
 def diffusion_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
@@ -178,26 +186,38 @@ def diffusion_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
     Raises:
         UnsupportedFormat: there is no diffusion model in the file.
     """
-    for prefix in _DIFFUSION_PREFIXES:
-        found = {name[len(prefix) :]: tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
-        if found:
-            return found
     if not file.tensors:
         raise UnsupportedFormat(f"the file holds metadata and no tensors: get the model itself ({file.path})")
-    kind = other_kind(file)
+    found: dict[str, GGUFTensor] = {}
+    for prefix in DIFFUSION_PREFIXES:
+        found = {name[len(prefix) :]: tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
+        if found:
+            break
+    kind = other_kind(file, found or None)
     if kind is not None:
         raise UnsupportedFormat(
             f"{kind.subject(file)} is {kind.what}, not a diffusion model: {kind.remedy} ({file.path})"
         )
-    return dict(file.tensors)
+    return found or dict(file.tensors)
 
 
-def other_kind(file: GGUFFile) -> OtherKind | None:
-    """What a file without a diffusion model holds, or None: then it may be a diffusion model."""
-    for kind in (PROJECTOR, TEXT_ENCODER, VAE):
-        if any(name.startswith(kind.prefixes) for name in file.tensors) or file.architecture in kind.architectures:
-            return kind
-    return None
+def module_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
+    """The tensors of a module that is added to a diffusion model: VACE to Wan, text connectors to LTX-2.
+
+    Raises:
+        UnsupportedFormat: it is something else.
+    """
+    found: dict[str, GGUFTensor] = {}
+    for name, tensor in file.tensors.items():
+        prefix = next((prefix for prefix in DIFFUSION_PREFIXES if name.startswith(prefix)), "")
+        found[name[len(prefix) :]] = tensor
+    kind = other_kind(file, found)
+    if kind in (VACE, CONNECTORS):
+        return found
+    what = "a diffusion model" if kind is None else kind.what
+    raise UnsupportedFormat(
+        f"this is {what}, not a module to add to one: choose a VACE module or LTX-2's connectors, or None ({file.path})"
+    )
 
 
 def describe(file: GGUFFile) -> str:
@@ -227,6 +247,17 @@ class Metadata(Mapping[str, Value]):
             self._decoded[key] = self._cursor.at(offset).value(kind)
         return self._decoded[key]
 
+    def texts(self) -> dict[str, str]:
+        """The entries that are strings."""
+        return {key: str(self[key]) for key, (kind, _) in self._places.items() if kind == _STRING}
+
+    def raw(self, key: str) -> tuple[int, bytes]:
+        """The number of an entry's type, and its bytes as they stand in the file."""
+        kind, offset = self._places[key]
+        cursor = self._cursor.at(offset)
+        cursor.skip(kind)
+        return kind, cursor.mapping[offset : cursor.offset]
+
     def __contains__(self, key: object) -> bool:
         return key in self._places
 
@@ -243,7 +274,7 @@ class _Cursor:
     def __init__(self, mapping: mmap.mmap, offset: int, path: Path) -> None:
         self.mapping, self.offset, self.path = mapping, offset, path
         self.size = len(mapping)
-        self.items_left = _MAX_ITEMS
+        self.items_left, self.arrays_left = _MAX_ITEMS, _MAX_ARRAYS
 
     def at(self, offset: int) -> _Cursor:
         """Another cursor over the same file."""
@@ -316,9 +347,11 @@ class _Cursor:
 
     def _skip_array(self, depth: int) -> None:
         item, count = self.number(_U32), self.number(_U64)
-        if item not in _SCALARS:
+        if item == _STRING:
             self.items_left -= count
-        if count > _MAX_NUMBERS or self.items_left < 0:
+        elif item not in _SCALARS:
+            self.arrays_left -= count
+        if count > _MAX_NUMBERS or self.items_left < 0 or self.arrays_left < 0:
             raise self.corrupt(f"the header claims an array of {count} items at byte {self.offset}: {_AGAIN}")
         if item in _SCALARS:
             self.take(count * _SCALARS[item].size)
@@ -348,8 +381,8 @@ class _TensorInfo(NamedTuple):
     offset: int
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Map the whole file; writes go to copies of its pages."""
+def _map(path: Path) -> tuple[mmap.mmap, MappedFile]:
+    """Map the whole file; writes go to copies of its pages. With it, what tells whether the file is written to."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -359,15 +392,16 @@ def _map(path: Path) -> mmap.mmap:
         if not status.st_size:
             raise CorruptFile(f"the file is empty: download it again ({path})")
         with open(path, "rb") as file:
+            mapped = MappedFile(file, path)
             if sys.platform == "win32":
                 # Windows promises memory for all of it, as it does for the .safetensors that hosts open. Read-only it
                 # would not, but then a node that writes to a weight would end the process, and pinning would fail
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), mapped
             # without MAP_NORESERVE (named only by Python >= 3.13) Linux refuses a writable
             # private mapping that is larger than memory and swap
             no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
             flags, protection = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+            return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection), mapped
     except FileNotFoundError:
         raise CorruptFile(f"there is no such file: check its place and refresh the list of models ({path})") from None
     except (OSError, ValueError) as error:
@@ -451,9 +485,17 @@ def _read_tensor_info(cursor: _Cursor) -> _TensorInfo:
     if n_dims > _MAX_DIMS:
         raise cursor.corrupt(f"tensor {_shown(name)} claims {n_dims} dimensions of at most {_MAX_DIMS}: {_AGAIN}")
     dims = tuple(cursor.number(_U64) for _ in range(n_dims))
-    if math.prod(dim or 1 for dim in dims) >= 1 << 63:
+    if not _is_possible(dims, cursor.size):
         raise cursor.corrupt(f"tensor {_shown(name)} claims the impossible shape {dims[::-1]}: {_AGAIN}")
     return _TensorInfo(name, dims[::-1], cursor.number(_U32), cursor.number(_U64))
+
+
+def _is_possible(dims: Sequence[int], size: int) -> bool:
+    """Whether anything of this shape could lie in a file of `size` bytes.
+
+    That goes for a tensor without weights, too, but for its zeros: somebody may make something of its other dimensions.
+    """
+    return math.prod(dim or 1 for dim in dims) <= (_MAX_WEIGHTS_PER_BYTE * size if 0 in dims else _MAX_WEIGHTS)
 
 
 def _build_tensors(
@@ -482,7 +524,7 @@ def _build_tensor(info: _TensorInfo, metadata: Metadata, mapping: mmap.mmap, off
     if offset + nbytes > len(mapping):
         problem = f"tensor {shown} ends at byte {offset + nbytes} and the file at byte {len(mapping)}"
         raise CorruptFile(f"{problem}: {_AGAIN} ({path})")
-    shape = _logical_shape(info, metadata, path)
+    shape = _logical_shape(info, metadata, len(mapping), path)
     return GGUFTensor(name, fmt, shape, info.stored_shape, offset, nbytes, _view(mapping, offset, nbytes))
 
 
@@ -496,14 +538,15 @@ def _view(mapping: mmap.mmap, offset: int, nbytes: int) -> torch.Tensor:
     return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
-def _logical_shape(info: _TensorInfo, metadata: Metadata, path: Path) -> tuple[int, ...]:
+def _logical_shape(info: _TensorInfo, metadata: Metadata, size: int, path: Path) -> tuple[int, ...]:
     key = _ORIGINAL_SHAPE + info.name
     if key not in metadata:
         return info.stored_shape
     shape = metadata[key]
     if isinstance(shape, list) and len(shape) <= _MAX_DIMS:
         dims = tuple(dim for dim in shape if type(dim) is int and dim >= 0)
-        if len(dims) == len(shape) and math.prod(dims) == math.prod(info.stored_shape):
+        whole = len(dims) == len(shape) and math.prod(dims) == math.prod(info.stored_shape)
+        if whole and _is_possible(dims, size):
             return dims
     problem = f"{_shown(key)} is {_shown(shape)}, which does not fit the stored shape {info.stored_shape}"
     raise CorruptFile(f"{problem}: get the model from another source ({path})")
@@ -515,47 +558,6 @@ def _check_overlap(tensors: dict[str, GGUFTensor], path: Path) -> None:
         if first.offset + first.nbytes > second.offset:
             problem = f"tensors {_shown(first.name)} and {_shown(second.name)} overlap"
             raise CorruptFile(f"{problem}: {_AGAIN} ({path})")
-
-
-class OtherKind(NamedTuple):
-    """A kind of model that is stored in GGUF files and is not a diffusion model."""
-
-    what: str
-    remedy: str
-    architectures: tuple[str, ...]
-    prefixes: tuple[str, ...]
-
-    def subject(self, file: GGUFFile) -> str:
-        """How a sentence about the file begins."""
-        return str(file.architecture) if file.architecture in self.architectures else "this"
-
-
-# Tensor names of llama.cpp first, then those of transformers and diffusers. Only names that no
-# diffusion model has: ACE-Step, for one, has tensors under `encoder.` and `decoder.`
-PROJECTOR = OtherKind(
-    "a vision projector (mmproj)",
-    "put it beside its text encoder, where the CLIP loader finds it",
-    ("clip",),
-    ("v.blk.", "v.patch_embd.", "v.position_embd.", "mm.", "vision_model.encoder."),
-)
-TEXT_ENCODER = OtherKind(
-    "a text encoder",
-    "use a CLIP loader that reads GGUF",
-    (
-        *("bert", "gemma", "gemma2", "gemma3", "gpt-oss", "llama", "mistral", "mistral3", "phi3", "qwen2"),
-        *("qwen2vl", "qwen3", "qwen3vl", "t5", "t5encoder"),
-    ),
-    (
-        *("token_embd.", "blk.0.", "enc.blk.", "dec.blk."),
-        *("shared.weight", "encoder.block.0.layer.", "text_model.", "model.embed_tokens."),
-    ),
-)
-VAE = OtherKind(
-    "a VAE",
-    "use a VAE loader",
-    ("vae",),
-    ("first_stage_model.", "vae.", "encoder.conv_in.", "decoder.conv_in.", "encoder.conv1.", "decoder.conv1."),
-)
 
 
 def _short(number: int, units: tuple[str, str, str, str]) -> str:

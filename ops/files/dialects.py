@@ -1,18 +1,21 @@
 """The names that trainers give to a model's modules, and what they are called in the model itself.
 
 Two things are kept apart. `extra_dialects` renames what ComfyUI's own loader leaves unloaded into what it understands.
-`module_names` lists, without any host, every name that a file may use for the layers of a model.
+`LayerNames` knows, with or without a host, every name that a file may use for the layers of a model.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
-from .kinds import Region
+from ..kinds import Region
+from ..report import family_of, may_be
 
 State = Mapping[str, torch.Tensor]
 
@@ -30,9 +33,14 @@ class Target(NamedTuple):
     region: Region | None = None
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
 
+    @property
+    def layer(self) -> str:
+        """The layer whose weight or bias it is."""
+        return self.key.removesuffix(".weight").removesuffix(".bias")
+
 
 _PEFT_NAME = re.compile(r"\.(lora_[AB])\.(?!weight$|bias$)([^.]+)\.(weight|bias)$")
-_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)*$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+){0,2}$")  # and at most an adapter's name and ``weight``
 _XLABS = re.compile(
     r"^(?:diffusion_model\.)?(double_blocks|single_blocks)\.(\d+)\.processor\.(\w+)\.(up|down)\.weight$"
 )
@@ -46,8 +54,12 @@ _XLABS_MODULES = {
 }
 # models under their native names, as fal's trainer for Kontext saves them
 _NATIVE = re.compile(
-    r"^base_model\.model\.((?:double_blocks|single_blocks|joint_blocks|blocks|layers|img_in|txt_in|time_in|vector_in|"
+    r"^(?:transformer\.)?base_model\.model\.((?:double_blocks|single_blocks|joint_blocks|blocks|layers|img_in|txt_in|time_in|vector_in|"
     r"guidance_in|final_layer|head)\.)"
+)
+_LLAMA_CPP = re.compile(r"(?:\.weight)?\.lora_([ab])$")
+_MATRIX = re.compile(
+    r"[._]lora_(?:[AB]|up|down)\b|[._]lora\.(?:up|down)\.|\.hada_w[12]_[ab]$|\.lokr_w[12](?:_[ab])?$|\.[ab][12]\.weight$"
 )
 _FUSED_QKV = re.compile(r"^lycoris_(single_)?transformer_blocks_(\d+)_attn_(to_qkv|add_qkv_proj|to_added_qkv)\.")
 
@@ -116,6 +128,25 @@ def _renamed(key: str, flux: bool) -> str:
     return key
 
 
+def from_llama_cpp(state: State, alpha: Any = None) -> dict[str, torch.Tensor]:
+    """A GGUF file's adapters under PEFT's names: llama.cpp calls them after the tensor, ``X.weight.lora_a``.
+
+    Other names stay. ggml has no dimension of 1 in front, so factors of rank 1 have lost one: it is put back.
+
+    Args:
+        alpha: of all adapters, ``adapter.lora.alpha`` in the metadata; without one, or with 0, llama.cpp's scale is 1.
+    """
+    named: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        found = _LLAMA_CPP.search(key)
+        module = key[: found.start()] if found else ""
+        name = f"{module}.lora_{found[1].upper()}.weight" if found else key
+        named[name] = value.unsqueeze(0) if value.dim() == 1 and _MATRIX.search(name) else value
+        if found and found[1] == "b" and type(alpha) in (int, float) and alpha:
+            named[f"{module}.alpha"] = torch.tensor(float(alpha))
+    return named
+
+
 def bfl_control(state: State) -> State:
     """Flux Tools' control LoRAs: native names without a prefix, norm scales in full, an img_in of more channels.
 
@@ -141,53 +172,165 @@ def _bias(key: str, value: torch.Tensor, state: State) -> torch.Tensor:
     alpha, down = state.get(f"{module}.alpha"), state.get(f"{module}.lora_A.weight")
     if module == key or alpha is None or down is None or alpha.numel() != 1 or not down.dim() or not down.shape[0]:
         return value
-    return value * (float(alpha) / down.shape[0])
+    if alpha.is_complex() or not value.is_floating_point():
+        return value  # which is refused where it is used
+    return value.float() * (float(alpha) / down.shape[0])
 
 
-_ROOTS = ("diffusion_model.", "model.diffusion_model.")
-_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "base_model.model.",
-             "unet.base_model.model.")  # fmt: skip
+# trainers put one or more of them before a name, e.g. ``transformer.base_model.model.``
+_PREFIXES = ("diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "base_model.model.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "lora_prior_unet_")
+_SPELLINGS = (
+    ("to_{}", "{}", "w{}", "W{}", "{}_proj", "{}_linear", "linear_{}"),
+    ("add_{}_proj", "to_added_{}"),
+)
+"""How models and trainers call queries, keys and values, each alone (``to_q``) or as one layer (``to_qkv``, ``to_kv``);
+those of a second stream of tokens after those of the first."""
+
+_RESPELLED = {
+    spelling.format(letters): [other.format(letters) for other in spellings if other != spelling]
+    for spellings in _SPELLINGS for spelling in spellings for letters in ("qkv", "kv")
+}  # fmt: skip
+_FUSED_PARTS = {
+    fused.format(letters): [tuple(part.format(letter) for letter in letters) for part in spellings]
+    for spellings in _SPELLINGS for fused in spellings for letters in ("qkv", "kv")
+}  # fmt: skip
+_PART_OF = {
+    part.format(letter): [(fused.format(letters), letters, letters.index(letter))
+                          for letters in ("qkv", "kv") if letter in letters for fused in spellings]
+    for spellings in _SPELLINGS for part in spellings for letter in "qkv"
+}  # fmt: skip
 
 
-def module_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, Target]:
+class LayerNames:
     """Every name that a file may use for the layers of a model.
 
     Args:
         shapes: of the weights, by layer, e.g. ``{"double_blocks.0.img_attn.qkv": (9216, 3072)}``; the names may
             begin with ``diffusion_model.``.
+        hosts: what a host calls its parameters, ahead of our own names.
+        modules: those of the file. If they are of another architecture, fused layers and parts of such are not looked
+            for: what other architectures call so may be of the same size.
     """
-    paths = {_native(path): path for path in shapes}
-    native = {name: Target(f"{path}.weight") for name, path in paths.items()}
-    others = {
-        name: Target(f"{paths[inner]}.weight", region, function)
-        for name, inner, region, function in _diffusers_names({n: shapes[p] for n, p in paths.items()})
-        if inner in paths
-    }
-    names: dict[str, Target] = {}
-    for table in (native, others):
-        for name, target in table.items():
-            for variant in _variants(name):
-                names.setdefault(variant, target)
-    return names
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        hosts: Mapping[str, Target] | None = None,
+        modules: Iterable[str] = (),
+    ) -> None:
+        self._shapes = shapes
+        self._hosts = hosts or {}
+        ours, theirs = family_of(shapes), family_of(modules)
+        self._is_alike = not ours or not theirs or may_be(ours, theirs)
+
+    def targets(self, module: str) -> tuple[Target, ...]:
+        """What a module of a file stands for: one layer or a part of one, the layers that it fuses, in order, or none.
+
+        Several share the rows of the module as their weights have them.
+        """
+        found = self._find(module)
+        if found is not None:
+            return (found,)
+        if not self._is_alike:
+            return ()
+        return self._respelled(module) or self._parts(module) or self._part(module)
+
+    def _find(self, module: str) -> Target | None:
+        target = self._hosts.get(module)
+        if target is not None and self._fits(target):
+            return target
+        for name in _without_prefixes(module):
+            if name in self._plain:
+                return self._plain[name]
+        flat = next((module[len(p) :] for p in _FLAT_PREFIXES if module.startswith(p)), None)
+        return None if flat is None else self._flat.get(flat)
+
+    def _fits(self, target: Target) -> bool:
+        """Whether the part of a layer is within it: a host's own table may have been made for another size."""
+        shape = self._shapes.get(target.layer)
+        region = target.region
+        return region is None or shape is None or region.start + region.length <= shape[region.dim]
+
+    def _respelled(self, module: str) -> tuple[Target, ...]:
+        """The layer that stands in the model where the module does, under another name for the same."""
+        named = (self._find(stem + other) for stem, leaf in _leaves(module, _RESPELLED) for other in _RESPELLED[leaf])
+        found = next((target for target in named if target is not None), None)
+        return () if found is None else (found,)
+
+    def _parts(self, module: str) -> tuple[Target, ...]:
+        """The layers that a module fuses."""
+        for stem, leaf in _leaves(module, _FUSED_PARTS):
+            for parts in _FUSED_PARTS[leaf]:
+                found = [self._find(stem + part) for part in parts]
+                targets = [target for target in found if target is not None and target.layer in self._shapes]
+                if len(targets) == len(parts):
+                    return tuple(targets)
+        return ()
+
+    def _part(self, module: str) -> tuple[Target, ...]:
+        """The part of a fused layer that a module stands for."""
+        for stem, leaf in _leaves(module, _PART_OF):
+            for fused, letters, place in _PART_OF[leaf]:
+                whole = self._find(stem + fused)
+                shape = None if whole is None else self._shapes.get(whole.layer)
+                if whole is None or shape is None or whole.region is not None or whole.function is not None:
+                    continue
+                regions = _qkv_regions(shape) if letters == "qkv" else _equal_parts(shape[0], 2)
+                if regions:
+                    return (Target(whole.key, regions[place]),)
+        return ()
+
+    @cached_property
+    def _plain(self) -> dict[str, Target]:
+        """Names without a prefix."""
+        paths = {_native(path): path for path in self._shapes}
+        names = {name: Target(f"{path}.weight") for name, path in paths.items()}
+        for name, inner, region, function in _diffusers_names({n: self._shapes[p] for n, p in paths.items()}):
+            if inner in paths:
+                names.setdefault(name, Target(f"{paths[inner]}.weight", region, function))
+        for name, target in self._hosts.items():
+            if self._fits(target) and not name.startswith(_FLAT_PREFIXES):
+                for plain in _without_prefixes(name):
+                    names.setdefault(plain, target)
+        return names
+
+    @cached_property
+    def _flat(self) -> dict[str, Target]:
+        """The same with ``_`` for every dot."""
+        names: dict[str, Target] = {}
+        for name, target in self._plain.items():
+            names.setdefault(name.replace(".", "_"), target)
+        for name, target in self._hosts.items():
+            prefix = next((p for p in _FLAT_PREFIXES if name.startswith(p)), None)
+            if prefix is not None and self._fits(target):
+                names.setdefault(name[len(prefix) :], target)
+        return names
 
 
 def _native(path: str) -> str:
-    for root in _ROOTS:
-        if path.startswith(root):
-            return path[len(root) :]
-    return path
+    return path.removeprefix("model.").removeprefix("diffusion_model.")
 
 
-def _variants(name: str) -> Iterator[str]:
-    flat = name.replace(".", "_")
-    for prefix in _FLAT_PREFIXES:
-        yield prefix + flat
-    processor = name.replace(".to_", ".processor.to_").removesuffix(".0") if ".to_" in name else name
-    for prefix in _PREFIXES:
-        yield prefix + name
-        if processor != name:
-            yield prefix + processor
+def _without_prefixes(name: str) -> Iterator[str]:
+    """The name as it is, and then with one prefix less each time; old attention processors after the layers' names."""
+    while True:
+        yield name
+        if ".processor.to_" in name:
+            plain = name.replace(".processor.to_", ".to_")
+            yield plain + ".0" if plain.endswith(".to_out") else plain
+        prefix = next((p for p in _PREFIXES if name.startswith(p)), None)
+        if prefix is None:
+            return
+        name = name[len(prefix) :]
+
+
+def _leaves(module: str, known: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The ways to see a module as ``(what is before the last part of its name, that part)``."""
+    for leaf in known:
+        stem = module.removesuffix(leaf)
+        if stem != module and (not stem or stem[-1] in "._"):
+            yield stem, leaf
 
 
 _Name = tuple[str, str, Region | None, Callable[[torch.Tensor], torch.Tensor] | None]
@@ -211,8 +354,18 @@ def swap_halves(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([second, first])
 
 
-def _thirds(rows: int) -> list[Region]:
-    return [Region(0, i * rows // 3, rows // 3) for i in range(3)]
+def _equal_parts(rows: int, count: int) -> list[Region]:
+    return [Region(0, i * (rows // count), rows // count) for i in range(count)] if rows % count == 0 else []
+
+
+def _qkv_regions(shape: Sequence[int]) -> list[Region]:
+    """Where q, k and v lie in a fused layer; q is as wide as x if there are fewer keys and values. [] for others."""
+    rows, width = shape[0], math.prod(shape[1:])
+    others = rows - width
+    if 0 < others < 2 * width and others % 2 == 0:
+        return [Region(0, 0, width), Region(0, width, others // 2), Region(0, width + others // 2, others // 2)]
+    # of more rows there are more than three parts, unless attention is wider than x
+    return _equal_parts(rows, 3) if rows <= 3 * width or rows % width else []
 
 
 def _blocks(shapes: Iterable[str], prefix: str) -> list[int]:
@@ -254,8 +407,8 @@ def _flux_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
         name, native = f"transformer_blocks.{i}.", f"double_blocks.{i}."
         yield from ((name + a, native + b, None, None) for a, b in _FLUX_DOUBLE.items())
         for parts, fused in ((_QKV, "img_attn.qkv"), (_ADDED_QKV, "txt_attn.qkv")):
-            rows = shapes.get(native + fused, (0,))[0]
-            yield from ((f"{name}attn.{a}", native + fused, r, None) for a, r in zip(parts, _thirds(rows), strict=True))
+            regions = _qkv_regions(shapes.get(native + fused, (0,)))
+            yield from ((f"{name}attn.{a}", native + fused, r, None) for a, r in zip(parts, regions, strict=False))
     for i in _blocks(shapes, "single_blocks"):
         name, native = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
         yield from ((name + a, native + b, None, None) for a, b in _FLUX_SINGLE.items())
@@ -299,8 +452,7 @@ def _sd3_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
         swap = swap_halves if i == blocks[-1] else None
         yield name + "norm1_context.linear", native + "context_block.adaLN_modulation.1", None, swap
         for attention, parts, fused in _SD3_FUSED:
-            rows = shapes.get(native + fused, (0,))[0]
-            for part, region in zip(parts, _thirds(rows), strict=True):
+            for part, region in zip(parts, _qkv_regions(shapes.get(native + fused, (0,))), strict=False):
                 yield f"{name}{attention}.{part}", native + fused, region, None
 
 
@@ -355,8 +507,8 @@ def _lumina_names(shapes: Mapping[str, Sequence[int]]) -> Iterator[_Name]:
     for native in fused:
         attention = native.removesuffix("qkv")
         yield attention + "to_out.0", attention + "out", None, None
-        for part, region in zip(_QKV, _thirds(shapes[native][0]), strict=True):
+        for part, region in zip(_QKV, _qkv_regions(shapes[native]), strict=False):
             yield attention + part, native, region, None
 
 
-__all__ = ["Target", "bfl_control", "dialect_of", "extra_dialects", "module_names"]
+__all__ = ["LayerNames", "Target", "bfl_control", "dialect_of", "extra_dialects", "from_llama_cpp"]

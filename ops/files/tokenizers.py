@@ -12,10 +12,12 @@ import json
 import reprlib
 import struct
 from itertools import takewhile
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ..kernels.errors import CorruptFile, UnsupportedFormat
-from .gguf_file import GGUFFile
+import torch
+
+from ...kernels.errors import CorruptFile, UnsupportedFormat
+from .gguf import GGUFFile
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -23,6 +25,7 @@ _ANOTHER = "get the model from another source"
 _UNIGRAM, _BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
 _MODEL_TYPES = {"t5": _UNIGRAM, "llama": _BPE}  # of each `tokenizer.ggml.model`
 _LARGEST = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]  # finite number of 32 bits
+_TRIE_BLOCK = 1024  # bytes: a trie grows by units for all 256 labels
 _BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 # how tekken splits a text into words, after the `pattern` of Mistral's tekken.json
@@ -30,6 +33,13 @@ _TEKKEN_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# how o200k, which gpt-oss has, splits a text into words, after openai/tiktoken's tiktoken_ext/openai_public.py
+_O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 T = TypeVar("T", int, float, str)
@@ -99,6 +109,83 @@ def tekken_model(file: GGUFFile) -> bytes:
     return json.dumps({"config": config, "vocab": vocab, "special_tokens": special}).encode()
 
 
+def byte_level_tokenizer(file: GGUFFile) -> bytes:
+    """The tokenizer.json of gpt-oss (``gpt2``: byte-level BPE, with o200k's way of splitting words).
+
+    Raises:
+        UnsupportedFormat: the file has a tokenizer of another kind, or none, or splits words in another way.
+        CorruptFile: its fields are missing, of another type, or contradict each other.
+    """
+    _model(file, ("gpt2",))
+    splits = file.metadata.get(_PREFIX + "pre")
+    if splits != "gpt-4o":
+        raise UnsupportedFormat(
+            f"the file splits words like {reprlib.repr(splits)} and not like gpt-4o: get a GGUF that llama.cpp's "
+            f"converter made from the original model ({file.path})"
+        )
+    split = {"type": "Split", "pattern": {"Regex": _O200K_PATTERN}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return _tokenizer_json(
+        file,
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level},
+        {"unk_token": None, "fuse_unk": False, "byte_fallback": False},
+    )
+
+
+def gemma4_tokenizer(file: GGUFFile) -> bytes:
+    """The tokenizer.json of Gemma 4 (``gemma4``: BPE over whole texts, U+2581 for spaces, bytes for what has no token).
+
+    Raises:
+        UnsupportedFormat: the file has a tokenizer of another kind, or none.
+        CorruptFile: its fields are missing, of another type, or contradict each other.
+    """
+    _model(file, ("gemma4",))
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    return _tokenizer_json(
+        file,
+        {
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        },
+        {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True},
+    )
+
+
+def _tokenizer_json(file: GGUFFile, around: dict[str, Any], model: dict[str, Any]) -> bytes:
+    """A file as the tokenizers library reads it.
+
+    Args:
+        around: what is done to a text before, and to tokens behind, the merging.
+        model: settings of the merging.
+    """
+    tokens = _array(file, "tokens", str)
+    types = _array(file, "token_type", int, len(tokens))
+    vocab = {text: index for index, text in enumerate(tokens) if types[index] != _UNUSED}
+    if len(vocab) < len(tokens) - types.count(_UNUSED):
+        raise _corrupt(file, "the tokenizer has a token twice")
+    if "" in vocab:
+        raise _corrupt(file, "the tokenizer has an empty token")
+    if model["unk_token"] not in (None, *vocab):
+        raise _corrupt(file, f"the tokenizer has no {model['unk_token']}")
+    merges = [merge.partition(" ")[::2] for merge in _array(file, "merges", str)]
+    wrong = next((pair for pair in merges if not {*pair, "".join(pair)} <= vocab.keys()), None)
+    if wrong is not None:
+        raise _corrupt(file, f"the tokenizer merges {reprlib.repr(' '.join(wrong))}, of which some are no tokens")
+    # what no merge makes is found in a text as a whole, as user-defined tokens are; the converter calls some normal
+    made = {"".join(pair) for pair in merges}
+    added = [
+        {"id": index, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": types[index] in (_CONTROL, _UNKNOWN)}
+        for text, index in vocab.items()
+        if types[index] in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+        or (types[index] == _NORMAL and len(text) > 1 and text not in made)
+    ]  # fmt: skip
+    bpe = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    whole = {"version": "1.0", **empty, "added_tokens": added, **around}
+    return json.dumps(whole | {"model": {**bpe, **model, "vocab": vocab, "merges": merges}}).encode()
+
+
 def _piece_types(types: list[int], scores: list[float], ids: dict[str, int | None], model_type: int) -> list[int]:
     """Types as sentencepiece had them, before the converter changed them.
 
@@ -128,6 +215,8 @@ def _check_pieces(file: GGUFFile, pieces: list[str], types: list[int]) -> None:
         raise _corrupt(file, f"{_PREFIX}token_type has values beside {_NORMAL} to {_BYTE}")
     if types.count(_UNKNOWN) != 1:
         raise _corrupt(file, f"the tokenizer has {types.count(_UNKNOWN)} unknown tokens, not one")
+    if not {_NORMAL, _USER_DEFINED, _UNUSED} & set(types):
+        raise _corrupt(file, "the tokenizer has special tokens and no others")
     if any(not piece or "\0" in piece for piece in pieces):
         raise _corrupt(file, "the tokenizer has an empty token or one with a null character")
     if len(set(pieces)) < len(pieces):
@@ -189,7 +278,7 @@ def _model(file: GGUFFile, known: tuple[str, ...]) -> str:
         return model
     what = "no tokenizer" if model is None else f"a tokenizer of the kind {reprlib.repr(model)}"
     remedy = "get a GGUF that llama.cpp's converter made from the original model"
-    raise UnsupportedFormat(f"the file has {what}, where {' or '.join(known)} is needed: {remedy} ({file.path})")
+    raise UnsupportedFormat(f"the file has {what}: {remedy}, with {' or '.join(known)} ({file.path})")
 
 
 def _array(file: GGUFFile, name: str, kind: type[T], length: int | None = None) -> list[T]:
@@ -227,7 +316,31 @@ def _charsmap(file: GGUFFile) -> bytes:
     numbers = _array(file, "precompiled_charsmap", int)
     if not -128 <= min(numbers) <= max(numbers) < 256:
         raise _corrupt(file, f"{_PREFIX}precompiled_charsmap has items that are no bytes")
-    return bytes(number & 0xFF for number in numbers)
+    rules = bytes(number & 0xFF for number in numbers)
+    if not _is_charsmap(rules):
+        raise _corrupt(file, f"{_PREFIX}precompiled_charsmap is damaged")
+    return rules
+
+
+def _is_charsmap(rules: bytes) -> bool:
+    """Whether sentencepiece, which follows these rules without looking where they lead, stays within them.
+
+    A u32 size of a double-array trie in bytes, the trie, then texts that each end with a null character. A unit of the
+    trie is 32 bits: 0 to 7 the label, 8 whether a match ends here, 9 and 10 to 30 where its children are, relative to
+    its own place; or, with bit 31 set, the place of a text.
+    """
+    size = int.from_bytes(rules[:4], "little")
+    trie, texts = rules[4 : 4 + size], rules[4 + size :]
+    if not size or size % _TRIE_BLOCK or not texts or texts[-1]:
+        return False
+    units = torch.frombuffer(bytearray(trie), dtype=torch.int32).long() & 0xFFFFFFFF
+    children = torch.arange(len(units)) ^ ((units >> 10) << ((units & 0x200) >> 6))
+    followed = units < 1 << 31
+    followed[0] = True
+    if not bool(((children | 0xFF) < len(units))[followed].all()):
+        return False
+    places = units[children[followed & (units & 0x100 != 0)]] & 0x7FFFFFFF
+    return bool((places < len(texts)).all())
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,0 +1,59 @@
+"""Whole checkpoints in one GGUF file: a diffusion model, its text encoders and its VAE under their prefixes.
+
+stable-diffusion.cpp writes them so (its src/name_conversion.cpp): ``model.diffusion_model.``, ``first_stage_model.``,
+and for text encoders ``cond_stage_model.``, with a number behind it for the second and third, whatever the model;
+converters of checkpoints keep the names that these have. A host looks under prefixes that differ from model to model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .gguf import DIFFUSION_PREFIXES, GGUFFile, GGUFTensor
+
+_VAES = ("first_stage_model.", "vae.")
+_TEXT_ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "te.")
+_NUMBERED = {
+    "text_encoders.": {
+        "cond_stage_model.transformer.": "text_encoders.clip_l.transformer.",
+        "cond_stage_model.1.transformer.": "text_encoders.clip_g.transformer.",
+        "cond_stage_model.2.transformer.": "text_encoders.t5xxl.transformer.",
+    },
+    "conditioner.": {
+        "cond_stage_model.transformer.": "conditioner.embedders.0.transformer.",
+        "cond_stage_model.1.transformer.text_model.text_projection": "conditioner.embedders.1.model.text_projection",
+        "cond_stage_model.1.transformer.": "conditioner.embedders.1.model.transformer.",
+        "cond_stage_model.1.model.": "conditioner.embedders.1.model.",
+    },
+}
+
+
+def other_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
+    """Text encoders and VAE of a checkpoint, under the file's own names."""
+    return {name: tensor for name, tensor in file.tensors.items() if name.startswith((*_VAES, *_TEXT_ENCODERS))}
+
+
+def has_diffusion_model(file: GGUFFile) -> bool:
+    """Whether a file holds a diffusion model under a prefix, as checkpoints do."""
+    return any(name.startswith(DIFFUSION_PREFIXES) for name in file.tensors)
+
+
+def host_names(names: Mapping[str, object], encoder_prefix: str, vae_prefix: str) -> dict[str, str]:
+    """What a host calls the tensors of a checkpoint, by their names in the file.
+
+    Args:
+        encoder_prefix: under which the host looks for text encoders.
+        vae_prefix: under which it looks for the VAE.
+    """
+    several = any(name.startswith("cond_stage_model.1.") for name in names)
+    table = _NUMBERED.get(encoder_prefix) or (_NUMBERED["conditioner."] if several else {})
+    prefixes = {**table, **dict.fromkeys(_VAES, vae_prefix)}
+
+    def renamed(name: str) -> str:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        return prefixes[prefix] + name[len(prefix) :] if prefix else name
+
+    return {name: renamed(name) for name in names}
+
+
+__all__ = ["has_diffusion_model", "host_names", "other_tensors"]
