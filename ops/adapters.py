@@ -67,7 +67,7 @@ def from_host(
         if region is not None and isinstance(adapter, Padded):
             raise AdapterError("the adapter pads a part of a weight, which has no room for it: leave it out")
         adapter.check(part)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise AdapterError(f"the adapter is malformed ({error}): get the file again") from error
     return adapter
 
@@ -117,10 +117,22 @@ def _parse_lora(fields: Any, shape: torch.Size, norm: str, value: Any) -> Adapte
     up, down, alpha, mid, magnitude, reshape = (*fields, None, None)[:6]
     if up is None or down is None:
         raise AdapterError("one of lora_up and lora_down is missing: the file is incomplete")
-    inside = shape if reshape is None else torch.Size(int(n) for n in reshape)
+    inside = shape if reshape is None else _reshape(reshape)
     up, down = _oriented(up, down, inside) if mid is None else (up, down)
     adapter = _decomposed(LoRA(up, down, _alpha(alpha, down.shape[0]), mid), magnitude, inside, norm)
     return adapter if reshape is None else Padded(adapter, tuple(inside))
+
+
+def _reshape(values: Any) -> torch.Size:
+    """A file's ``reshape_weight``: the shape that a weight is to have."""
+    sizes = values.tolist() if isinstance(values, torch.Tensor) else values
+    if not isinstance(sizes, (list, tuple)) or not all(_is_size(n) for n in sizes):
+        raise AdapterError(f"reshape_weight is {str(sizes)[:40]}, which is no shape: the file is damaged")
+    return torch.Size(int(n) for n in sizes)
+
+
+def _is_size(n: Any) -> bool:
+    return isinstance(n, (int, float)) and 0 < n < 1 << 31 and n == int(n)
 
 
 def _parse_loha(fields: Any, shape: torch.Size, norm: str, value: Any) -> Adapter:

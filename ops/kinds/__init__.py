@@ -18,11 +18,11 @@ from .lokr import LoKr
 from .low_rank import LoHa, LoRA
 from .orthogonal import BOFT, OFT, InputOFT
 from .patch import Idle, Merge, Opaque, Patch, Scale, merge
-from .reshaped import Pad, Padded, Permuted
+from .reshaped import Pad, Padded, Part, Permuted
 from .whole import Diff, ModelDiff, Set
 
 __all__ = [
     "BOFT", "OFT", "Adapter", "Current", "Diff", "DoRA", "Factors", "GLoRA", "Idle", "InputOFT", "LoHa", "LoKr", "LoRA",
-    "Merge", "ModelDiff", "Opaque", "Pad", "Padded", "Patch", "Permuted", "Region", "Scale", "Set",
+    "Merge", "ModelDiff", "Opaque", "Pad", "Padded", "Part", "Patch", "Permuted", "Region", "Scale", "Set",
     "Shape", "merge", "times",
 ]  # fmt: skip

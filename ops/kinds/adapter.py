@@ -80,6 +80,14 @@ class Adapter:
         """This adapter at a strength, where what it holds beside the layer depends on one."""
         return self
 
+    def rows(self, start: int, length: int) -> Adapter:
+        """This adapter of a fused layer for the part of it that is a layer of its own, `length` rows from `start` on.
+
+        Raises:
+            AdapterError: what becomes of these rows depends on the others.
+        """
+        raise AdapterError(f"{self.kind} acts on all rows of the fused layer together, which this model has in parts")
+
     def low_rank(self) -> Factors:
         """The adapter as an additive low-rank term; only if it `is_low_rank`."""
         raise NotImplementedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +48,12 @@ class DoRA(Adapter):
         check_factors("DoRA", dora_scale=self.magnitude)
         if self.magnitude.numel() != shape[self.axis]:
             raise AdapterError(f"dora_scale has {self.magnitude.numel()} magnitudes for a weight of {times(shape)}")
+
+    def rows(self, start: int, length: int) -> DoRA:
+        if self.axis:
+            raise AdapterError("DoRA's norms are over all rows of the fused layer, which this model has in parts")
+        inner, magnitude = self.inner.rows(start, length), self.magnitude.narrow(0, start, length)
+        return replace(self, inner=inner, magnitude=magnitude)
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         c = self._ratio(self._norms(current), current.name)
@@ -94,7 +100,7 @@ class DoRA(Adapter):
         turned = self.inner.turned(p, at, scaled)
 
         def change(out: torch.Tensor | None) -> torch.Tensor:
-            changed = torch.addcmul(x, x, at.spread(p.gain.to(x.device) * s, x), out=out)
+            changed = torch.addcmul(x, x, at.spread(p.gain, x, s), out=out)
             return changed if turned is None else changed.add_(s * turned)
 
         return Adapter.output(self.inner, p, at, at.run_on(f, x, change), scaled, s)
@@ -106,7 +112,7 @@ class DoRA(Adapter):
         self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor, through: torch.Tensor | None
     ) -> torch.Tensor:
         # c − 1 is small: as a factor of its own it keeps its digits in bf16
-        y = y.addcmul_(y, at.spread(p.gain.to(y.device) * s, y))
+        y = y.addcmul_(y, at.spread(p.gain, y, s))
         if not hasattr(p, "c"):  # c is in the up factor
             return self.inner.output(p, at, y, x, s)
         difference = self.inner.added(p, at, x, s)

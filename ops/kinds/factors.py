@@ -32,9 +32,16 @@ def wide(tensor: torch.Tensor | None) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def alike(first: torch.Tensor | None, second: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two factors, `wide` and in one dtype: no product takes two."""
+    a, b = wide(first), wide(second)
+    common = torch.promote_types(a.dtype, b.dtype)
+    return a.to(common), b.to(common)
+
+
 def through_core(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """A Tucker core ``[r, r', k, ...]`` behind a 1×1 down ``[r', in]``: one ``[r, in · k]``."""
-    return torch.einsum("ij...,jc->ic...", wide(core), wide(down)).flatten(1)
+    return torch.einsum("ij...,jc->ic...", *alike(core, down)).flatten(1)
 
 
 def check_factors(kind: str, **factors: torch.Tensor | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +45,9 @@ class GLoRA(Adapter):
         check_rank(self.rank)
         check_pair("b1", self.b1, self.b2.shape[0], self.b2.shape[1:], shape)
         check_pair("a1", self.a1, self.rank, self.a2.shape[1:], torch.Size((shape[1], shape[1])))
+
+    def rows(self, start: int, length: int) -> GLoRA:
+        return replace(self, b1=self.b1.narrow(0, start, length))
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         a1, a2, b1, b2 = (wide(t).flatten(1) for t in (self.a1, self.a2, self.b1, self.b2))

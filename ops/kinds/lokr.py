@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from ...kernels import AdapterError
 from ..layout import Layout
 from .adapter import Adapter, Current
-from .factors import check_factors, check_rank, same_inputs, through_core, times, wide
+from .factors import alike, check_factors, check_rank, same_inputs, through_core, times, wide
+from .reshaped import Part
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,10 +76,25 @@ class LoKr(Adapter):
             raise AdapterError(f"lokr_t2 is {times(self.t2.shape)} for ranks of {self.w2_a.shape[0]}")
         return left, torch.Size((self.w2_a.shape[1], self.w2_b.shape[1], *self.t2.shape[2:]))
 
+    def rows(self, start: int, length: int) -> Adapter:
+        """A LoKr of fewer groups; of its rows a part, where a group is not for this layer alone."""
+        group = self.shapes()[1][0]
+        first, last = start // group, -(-(start + length) // group)
+        name = "w1" if self.w1 is not None else "w1_a"
+        groups = replace(self, **{name: getattr(self, name).narrow(0, first, last - first)})
+        if (last - first) * group == length:
+            return groups
+        return Part(groups, groups._count(), start - first * group, length)
+
+    def _count(self) -> int:
+        """Rows of ΔW."""
+        left, right = self.shapes()
+        return left[0] * right[0]
+
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         if len(current.shape) > 2 and current.shape[1] % self.shapes()[0][1]:
             # w1 reaches into the kernels, so nothing is left to separate
-            return {"weight": self.delta(torch.empty(current.shape))}
+            return {"weight": self.delta(torch.empty(self._count(), *current.shape[1:]))}
         w1 = self._first()
         if self.w2 is not None:
             return {"w1": w1 * self.scale, "w2": self.w2.flatten(1)}
@@ -86,7 +102,7 @@ class LoKr(Adapter):
         return {"w1": w1 * self.scale, "w2_a": w2_a, "w2_b": w2_b}
 
     def _first(self) -> torch.Tensor:
-        return wide(self.w1) if self.w1 is not None else wide(self.w1_a) @ wide(self.w1_b)
+        return wide(self.w1) if self.w1 is not None else torch.mm(*alike(self.w1_a, self.w1_b))
 
     def _second(self) -> tuple[torch.Tensor, torch.Tensor]:
         """w2's factors ``[b, r]`` and ``[r, d · k]``."""
@@ -104,13 +120,15 @@ class LoKr(Adapter):
         return at.across(at.own(groups, p.w2_b), w1), p.w2_a
 
     def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        if s.dim():
+            return self.added(p, at, x, s.new_ones(())) * s
         if hasattr(p, "weight"):
             return at.own(x, p.weight) * s
         t, w = self._in_groups(p, at, x, s)
         return at.joined(at.own(t, w) if self.w2 is not None else at.mix(t, w), p.w1.shape[0])
 
     def output(self, p: Any, at: Layout, y: torch.Tensor, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        if at.kernel:
+        if at.kernel or s.dim():
             return super().output(p, at, y, x, s)
         at.add_mixed(at.grouped(y, p.w1.shape[0]), *self._in_groups(p, at, x, s))
         return y
@@ -122,7 +140,7 @@ class LoKr(Adapter):
         else:
             w2_a, w2_b = self._second()
             w2 = w2_a.to(weight) @ w2_b.to(weight)
-        return (torch.kron(w1, w2) * self.scale).reshape(weight.shape)
+        return (torch.kron(w1.contiguous(), w2.contiguous()) * self.scale).reshape(weight.shape)
 
 
 def _product_shape(

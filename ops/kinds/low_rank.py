@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -50,8 +50,13 @@ class LoRA(Adapter):
         else:
             if self.mid.shape[:2] != (self.rank, self.rank):
                 raise AdapterError(f"lora_mid is {times(self.mid.shape)} for a rank of {self.rank}")
+            if math.prod(self.down.shape[2:]) != 1:
+                raise AdapterError(f"lora_down is {times(self.down.shape)} beside a lora_mid: the file is damaged")
             inner = torch.Size((*self.down.shape[1:2], *self.mid.shape[2:]))
         check_pair("lora_up", self.up, self.rank, inner, shape)
+
+    def rows(self, start: int, length: int) -> LoRA:
+        return replace(self, up=self.up.narrow(0, start, length))
 
     def low_rank(self) -> Factors:
         down = self.down.flatten(1)
@@ -109,6 +114,11 @@ class LoHa(Adapter):
     @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def rows(self, start: int, length: int) -> LoHa:
+        axis = 0 if self.t1 is None else 1
+        w1_a, w2_a = (w.narrow(axis, start, length) for w in (self.w1_a, self.w2_a))
+        return replace(self, w1_a=w1_a, w2_a=w2_a)
 
     @property
     def is_low_rank(self) -> bool:  # type: ignore[override]

@@ -14,6 +14,9 @@ from ..layout import Layout, Operator
 from .adapter import Adapter, Current
 from .factors import check_factors, times, wide
 
+_LARGEST = 1e6
+"""Of Q; one of 1 turns by a right angle."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OFT(Adapter):
@@ -34,9 +37,13 @@ class OFT(Adapter):
 
     def check(self, shape: torch.Size) -> None:
         check_factors("OFT", oft_blocks=self.blocks)
+        _check_angles("OFT", self.blocks, self.constraint)
         count, size, width = self.blocks.shape
         if size != width or count * size != shape[0]:
             raise AdapterError(f"OFT blocks of {times(self.blocks.shape)} do not cover {shape[0]} output rows")
+
+    def rows(self, start: int, length: int) -> OFT:
+        return replace(self, blocks=_blocks_of(self, self.blocks.shape[1], start, length), constraint=0.0)
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         return {"turn": _cayley(self.blocks, self.constraint)}
@@ -72,6 +79,7 @@ class InputOFT(Adapter):
 
     def check(self, shape: torch.Size) -> None:
         check_factors("OFT", oft_R=self.upper)
+        _check_angles("OFT", self.upper)
         size = self.block
         if self.upper.dim() != 2 or size * (size - 1) // 2 != self.upper.shape[1] or size < 2:
             raise AdapterError(f"oft_R is {times(self.upper.shape)}, which is no triangle: the file is damaged")
@@ -80,6 +88,9 @@ class InputOFT(Adapter):
         count = self.upper.shape[0]
         if shape[1] != count * size and (count != 1 or shape[1] % size):
             raise AdapterError(f"{count} OFT blocks of {size} do not cover {shape[1]} input columns")
+
+    def rows(self, start: int, length: int) -> InputOFT:
+        return self
 
     def _turn(self, columns: int) -> torch.Tensor:
         """``R − I`` of every block."""
@@ -131,12 +142,19 @@ class BOFT(Adapter):
 
     def check(self, shape: torch.Size) -> None:
         check_factors("BOFT", oft_blocks=self.blocks, rescale=self.rescale)
+        _check_angles("BOFT", self.blocks, self.constraint)
         stages, count, size, width = self.blocks.shape
         covers = stages > 0 and size > 0 and size % 2 == 0 and shape[0] % (2**stages * (size // 2)) == 0
         if size != width or count * size != shape[0] or not covers:
             raise AdapterError(f"BOFT blocks of {times(self.blocks.shape)} do not cover {shape[0]} output rows")
         if self.rescale is not None and self.rescale.numel() != shape[0]:
             raise AdapterError(f"BOFT rescales {self.rescale.numel()} rows of {shape[0]}")
+
+    def rows(self, start: int, length: int) -> BOFT:
+        stages, _, size, _ = self.blocks.shape
+        blocks = _blocks_of(self, 2**stages * size // 2, start, length)
+        rescale = None if self.rescale is None else self.rescale.flatten().narrow(0, start, length)
+        return replace(self, blocks=blocks, constraint=0.0, rescale=rescale)
 
     def at_strength(self, strength: float) -> BOFT:
         return replace(self, strength=strength)
@@ -193,16 +211,39 @@ class BOFT(Adapter):
         return (columns + s * change).t().reshape(weight.shape)
 
 
+def _check_angles(kind: str, q: torch.Tensor, constraint: float = 0.0) -> None:
+    """Refuse numbers beside which the identity is lost: then ``I − Q`` may have no inverse."""
+    if constraint <= 0 and q.numel() and float(q.double().abs().max()) > _LARGEST:
+        raise AdapterError(f"this {kind} holds numbers beyond {_LARGEST:.0e}: the training has diverged, leave it out")
+
+
 def _cayley(blocks: torch.Tensor, constraint: float) -> torch.Tensor:
     """``R − I = 2Q(I − Q)⁻¹`` of ``[..., b, b]`` blocks, with the norm of all of Q held to `constraint`."""
-    q = blocks.double() - blocks.double().transpose(-1, -2)
-    if constraint > 0:
-        norm = q.norm() + 1e-8
-        if norm > constraint:
-            q = q * (constraint / norm)
+    blocks64 = _constrained(blocks.double(), constraint)
+    q = blocks64 - blocks64.transpose(-1, -2)
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     turn = 2 * torch.linalg.solve(identity - q, q, left=False)
     return turn if blocks.dtype == torch.float64 else turn.float()
+
+
+def _blocks_of(adapter: OFT | BOFT, reach: int, start: int, length: int) -> torch.Tensor:
+    """The blocks of some rows, where only `reach` of these are mixed with each other, within the constraint on all."""
+    if start % reach or length % reach:
+        raise AdapterError(
+            f"its blocks mix {reach} rows of the fused layer with each other, and this model has parts of "
+            f"{length} rows: only a model with the fused layer can run it"
+        )
+    size = adapter.blocks.shape[-1]
+    blocks = _constrained(adapter.blocks.double(), adapter.constraint)
+    return blocks.narrow(-3, start // size, length // size).to(wide(adapter.blocks).dtype)
+
+
+def _constrained(blocks: torch.Tensor, constraint: float) -> torch.Tensor:
+    """`blocks`, made smaller where the norm of all of their Q is larger than `constraint`."""
+    if constraint <= 0:
+        return blocks
+    norm = (blocks - blocks.transpose(-1, -2)).norm() + 1e-8
+    return blocks * (constraint / norm) if norm > constraint else blocks
 
 
 def _in_blocks(y: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

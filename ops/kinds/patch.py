@@ -10,6 +10,7 @@ import torch
 
 from ...kernels import AdapterError
 from ..layout import Layout
+from ..strengths import Strength
 from .adapter import Adapter, Current, Region
 from .factors import check_same
 from .whole import Diff, ModelDiff, SecondWeight
@@ -24,6 +25,8 @@ class Patch:
     Attributes:
         function: applied to ΔW on its way into the weight; `from_host` takes permutations of rows in.
         origin: the host's own tuple, for its merge and save.
+        when: what `strength` is multiplied with in each call, if it is no constant.
+        source: the file that it comes from, for reports; "" where nobody says so.
     """
 
     strength: float
@@ -32,6 +35,8 @@ class Patch:
     region: Region | None = None
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
     origin: tuple | None = None
+    when: Strength | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

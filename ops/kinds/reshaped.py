@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ...kernels import AdapterError
 from ..layout import Layout, Operator
 from .adapter import Adapter, Current
-from .factors import Factors, times
+from .factors import Factors, misfit, times
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,6 +52,42 @@ class Permuted(Adapter):
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         return self.inner.delta(weight)[list(self.order)]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Part(Adapter):
+    """``ΔW' = ΔW[start : start + length]``: rows of an adapter that cannot be made for them alone.
+
+    Attributes:
+        inner: an additive adapter of `whole` rows.
+    """
+
+    inner: Adapter
+    whole: int
+    start: int
+    length: int
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.inner.kind
+
+    def check(self, shape: torch.Size) -> None:
+        if self.length != shape[0] or not 0 <= self.start <= self.whole - self.length:
+            raise AdapterError(misfit((self.length, *shape[1:]), shape))
+        self.inner.check(torch.Size((self.whole, *shape[1:])))
+
+    def rows(self, start: int, length: int) -> Part:
+        return replace(self, start=self.start + start, length=length)
+
+    def tensors(self, current: Current) -> dict[str, torch.Tensor]:
+        return self.inner.tensors(current)
+
+    def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return self.inner.added(p, at, x, s).narrow(at.axis, self.start, self.length)
+
+    def delta(self, weight: torch.Tensor) -> torch.Tensor:
+        whole = self.inner.delta(weight.new_empty((self.whole, *weight.shape[1:])))
+        return whole.narrow(0, self.start, self.length)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from ...kernels import dequantize, linear
+from ...kernels import linear
 from ..layout import Layout, Operator
 from ..packed import PackedTensor
 from .adapter import Adapter, Current
@@ -37,15 +37,19 @@ class Diff(SecondWeight):
         check_factors("diff", diff=self.diff)
         check_same(self.diff, shape)
 
+    def rows(self, start: int, length: int) -> Diff:
+        return replace(self, diff=self.diff.narrow(0, start, length))
+
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         return {"weight": self.diff.packed if isinstance(self.diff, PackedTensor) else self.diff}
 
     def added(self, p: Any, at: Layout, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.diff, PackedTensor):
             return super().added(p, at, x, s)
+        diff = self.diff.with_packed(p.weight.to(x.device))
         if at.kernel:
-            return at.own(x, dequantize(p.weight.to(x.device), self.diff.fmt, self.diff.shape, x.dtype)) * s
-        return linear(x, p.weight.to(x.device), self.diff.fmt, rows=self.diff.shape[0]) * s
+            return at.own(x, diff.dequantize(x.dtype)) * s
+        return linear(x, diff.packed, diff.fmt, rows=diff.shape[0], scale=diff.scale) * s
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         diff = self.diff.dequantize(torch.float32) if isinstance(self.diff, PackedTensor) else self.diff
@@ -90,6 +94,9 @@ class Set(Adapter):
     def check(self, shape: torch.Size) -> None:
         check_factors("set", value=self.value)
         check_same(self.value, shape)
+
+    def rows(self, start: int, length: int) -> Set:
+        return replace(self, value=self.value.narrow(0, start, length))
 
     def tensors(self, current: Current) -> dict[str, torch.Tensor]:
         return {"weight": self.value}

@@ -1,0 +1,87 @@
+"""What a model call of the host tells strengths: the step, the conditionings, and where the picture is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..ops.places import Architecture, Picture, Window, patch_of, picture_of
+from ..ops.strengths import Call
+
+CANVAS = "graft_canvas"
+"""Under which the host's options hold the size of the whole picture, and where areas begin, by conditioning."""
+
+
+def call_of(model: Any, architecture: Architecture | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> Call:
+    """What the host's call of a model, ``apply_model(x, t, c_concat, c_crossattn, control, options, …)``, tells."""
+    options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
+    sigmas, sigma = options.get("sample_sigmas"), float(args[0].flatten()[0])
+    step, steps = _step(sigma, [] if sigmas is None else sigmas.tolist())
+    indices = options.get("cond_or_uncond") or [0]
+    names = tuple(("positive", "negative")[i] if i < 2 else str(i) for i in indices)
+    picture = _picture(model.diffusion_model, x, kwargs)
+    return Call(step / steps, step, sigma, names, picture, architecture, _windows(x, options))
+
+
+def calc_cond_batch_told(executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: Any, options: dict) -> Any:
+    """The host's call for all conditionings, of which some may be for an area: calls of the model get to know these.
+
+    It cuts an area out of the picture and does not say where.
+    """
+    areas = {
+        cond.get("uuid"): tuple(cond["area"])[-2:]
+        for part in conds
+        for cond in part or ()
+        if cond.get("area") is not None
+    }
+    told = {**options.get("transformer_options", {}), CANVAS: (tuple(x.shape[-2:]), areas)}
+    return executor(model, conds, x, timestep, {**options, "transformer_options": told})
+
+
+def _windows(x: torch.Tensor, options: Mapping[str, Any]) -> tuple[Window | None, ...] | None:
+    """Which part of the picture each conditioning draws, see `Call`."""
+    size, areas = options.get(CANVAS, (tuple(x.shape[-2:]), {}))
+    frames, whole = _frames(x, options.get("context_window")), tuple(x.shape[-2:]) == size
+    if whole and not frames:
+        return ()
+    uuids = options.get("uuids") or ()
+    if not uuids or not (whole or all(uuid in areas for uuid in uuids)):
+        return None
+    return tuple(Window(*size, *areas.get(uuid, (0, 0)), *frames) for uuid in uuids)
+
+
+def _frames(x: torch.Tensor, window: Any) -> tuple:
+    """Which frames of how many a call draws of a long video, by the host's context window; empty where all."""
+    total = getattr(window, "total_frames", 0)  # which old hosts do not say
+    if not total or x.dim() != 5 or window.dim != 2:
+        return ()
+    frames, before = list(window.index_list), getattr(window, "causal_anchor_index", None)
+    if before is not None and x.shape[2] == len(frames) + 1:
+        frames.insert(0, before)
+    return (tuple(frames), total) if len(frames) == x.shape[2] else ()
+
+
+def _step(sigma: float, sigmas: Sequence[float]) -> tuple[float, int]:
+    """Which step of how many this is; samplers also ask between two, and fp32 rounds what they ask with."""
+    steps = max(1, len(sigmas) - 1)
+    for number, (high, low) in enumerate(itertools.pairwise(sigmas)):
+        if sigma >= high * (1 - 1e-5):
+            return float(number), steps
+        if sigma > low * (1 + 1e-5):
+            return number + (high - sigma) / (high - low), steps
+    return float(steps - 1 if sigmas else 0), steps
+
+
+def _picture(model: Any, x: torch.Tensor, conditions: Mapping[str, Any]) -> Picture | None:
+    """Where the picture is among the tokens of this call; None where references are laid among the words."""
+    references = conditions.get("ref_latents") or ()
+    multiple = getattr(model, "pad_tokens_multiple", None) or 1
+    if references and multiple > 1:
+        return None
+    behind = [*references, *(conditions.get("context_latents") or ())]
+    before = [] if getattr(model, "ref_conv", None) is None else [conditions.get("reference_latent")]
+    before.append(conditions.get("ref_latent"))
+    return picture_of(x, patch_of(model), before, behind, multiple)
