@@ -4,8 +4,8 @@
     python benchmarks/kernels_report.py --formats Q4_K --targets sm_86
 
 The compiler for AMD and ptxas, cuobjdump for NVIDIA come with the triton package. Instructions per weight are those
-that the lanes of a program execute for a weight: all of them in dequantize, those of the loop over the weights in
-matvec and matmul.
+that the lanes of a program execute for a weight: all of them in dequantize and int8, those of the loop over the
+weights in matvec and matmul.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx942", "gfx1100")
-KERNELS = ("dequantize", "matvec", "matmul")
+KERNELS = ("dequantize", "matvec", "matmul", "int8", "int8_largest")
 DTYPES = ("bf16", "fp16", "fp32")
+# what a kernel writes, whatever the dtype of x
+_OUT = {"int8": "i8", "int8_largest": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Usage:
         spilled: bytes of stack or scratch memory a thread uses because registers ran out.
         shared: bytes of shared memory a program uses.
         instructions: lane instructions per weight; None where they are not counted.
+        loads: those of them that load from global memory; likewise.
         wide_stores: whether all writes to global memory are of 16 bytes.
         tensor_cores: whether a matrix instruction is used.
         wide_rows: whether the offsets of rows in the packed bytes are 64-bit.
@@ -68,6 +71,7 @@ class Usage:
     spilled: int
     shared: int
     instructions: float | None
+    loads: float | None
     wide_stores: bool
     tensor_cores: bool
     wide_rows: bool
@@ -88,8 +92,11 @@ def _launch(case: Case):
 
     fmt = by_name(case.fmt)
     if case.kernel == "dequantize":
-        found = launch.dequantize_launch(fmt, fmt.block_size if fmt.block_size > 1 else 256)
+        found = launch.dequantize_launch(fmt, launch.block_of(fmt, 4096))
         return found, found.constants["BLOCKS"] * found.constants["QK"]
+    if case.kernel.startswith("int8"):
+        found = launch.int8_launch(fmt) if case.kernel == "int8" else launch.int8_largest_launch(fmt)
+        return found, found.constants["BLOCKS"] * 256
     if case.kernel == "matvec":
         found = launch.matvec_launch(fmt, launch.UNIT)
         return found, found.constants["ROWS"] * found.constants["UNIT"]
@@ -110,7 +117,8 @@ def _compile(case: Case):
         absent |= {"bias", "t", "up"}
     kernel = launch.kernel
     constants = launch.constants | {name: None for name in kernel.arg_names if name in absent}
-    pointers = {"data": "*u8", "table": "*i32"} | dict.fromkeys(("x", "out", "bias", "t", "up"), f"*{case.dtype}")
+    pointers = {"data": "*u8", "table": "*i32", "scales": "*fp32"}
+    pointers |= dict.fromkeys(("x", "out", "bias", "t", "up"), f"*{_OUT.get(case.kernel, case.dtype)}")
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     aligned = [name not in constants and (name == "k" or (name in pointers and name != "data")) for name in signature]
     attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
@@ -150,6 +158,11 @@ def _loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     return [line for line in code if start <= line[0] <= end]
 
 
+def _is_load(name: str) -> bool:
+    """Whether an instruction loads from global memory, into registers or, asynchronously, into shared memory."""
+    return name.startswith(("LDG.", "LDGSTS."))
+
+
 def _wide_rows(ttir: str) -> bool:
     """Whether the first offset added to `data`, the program's own, is a 64-bit number."""
     return re.search(r"tt\.addptr %data\w*, %\w+ .*: !tt\.ptr<i8>, i64", ttir) is not None
@@ -183,11 +196,13 @@ def measure(case: Case) -> Usage:
     taken = read(kernel.asm)
     taken["shared"] = kernel.metadata.shared
     taken["wide_rows"] = _wide_rows(kernel.asm["ttir"])
-    counted = None
+    counted = loads = None
     if case.count and "cubin" in kernel.asm:
         code = _instructions(_cuobjdump("-sass", kernel.asm["cubin"]))
-        counted = round(len(code if case.kernel == "dequantize" else _loop(code)) * threads / weights, 2)
-    return Usage(case, instructions=counted, **taken)
+        code = _loop(code) if case.kernel in ("matvec", "matmul") else code
+        counted = round(len(code) * threads / weights, 2)
+        loads = round(sum(_is_load(name) for _, name, _ in code) * threads / weights, 3)
+    return Usage(case, instructions=counted, loads=loads, **taken)
 
 
 def _prepare() -> None:
@@ -209,14 +224,14 @@ def _decodable() -> list[str]:
 
 
 def _table(rows: list[Usage]) -> str:
-    lines = ["type     kernel     target      M  regs spilled  shared instr/weight"]
+    lines = ["type     kernel     target      M  regs spilled  shared instr/weight loads/weight"]
     for row in rows:
         case = row.case
         m = case.m if case.kernel == "matmul" else 1 if case.kernel == "matvec" else ""
-        counted = "" if row.instructions is None else f"{row.instructions:.1f}"
+        counted = "" if row.instructions is None else f"{row.instructions:>12.1f} {row.loads:>12.2f}"
         lines.append(
             f"{case.fmt:8} {case.kernel:10} {case.target:8} {m:>4} {row.registers:>5} "
-            f"{row.spilled:>7} {row.shared:>7} {counted:>12}"
+            f"{row.spilled:>7} {row.shared:>7} {counted}".rstrip()
         )
     return "\n".join(lines)
 

@@ -56,16 +56,17 @@ def _unavailable(name: str, device: torch.device, fmt: Format | None) -> str | N
 
 
 def warm(
-    fmts: Iterable[Format], device: torch.device, dtype: torch.dtype, progress: Callable[[str], None] | None = None
-) -> None:
+    fmts: Iterable[Format], device: torch.device, dtype: torch.dtype, progress: Callable[[str], None] | None = None,
+    int8: bool = False,
+) -> None:  # fmt: skip
     """Compile now what the first step would otherwise wait for: the Triton kernels of `fmts`; else nothing.
 
-    `progress` is called with a line for each format.
+    `progress` is called with a line for each format; `int8` is whether those for int8 products are wanted, too.
     """
     compiled = [fmt for fmt in dict.fromkeys(fmts) if fmt.is_quantized and choose(device, fmt).name == "triton"]
     backend = triton_backend() if compiled else ""
     if not isinstance(backend, str):
-        backend.warm(compiled, device, dtype, progress)
+        backend.warm(compiled, device, dtype, progress, int8=int8)
         choose.cache_clear()  # what did not compile is decoded in another way
 
 

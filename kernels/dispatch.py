@@ -40,7 +40,16 @@ class LowRank:
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """``t = (x Aᵀ) ∘ S``: x ``[M, K]`` to ``[M, R]`` in x's dtype."""
-        return torch.mm(x, self.down.to(x.dtype).t()).mul_(self.scale)
+        return F.linear(x, _in(self.down, x.dtype)).mul_(self.scale)
+
+
+def _in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`, without asking torch where it is: with one row of x what counts is how much is asked."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _part(tensor: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
+    return tensor if tensor.shape[dim] == length else tensor.narrow(dim, start, length)
 
 
 def _as_format(fmt: Format | str) -> Format:
@@ -57,6 +66,16 @@ def _byte_rows(data: torch.Tensor, fmt: Format, rows: int, columns: int) -> torc
     if columns % fmt.block_size:
         return None
     return data.reshape(rows, columns // fmt.block_size * fmt.type_size)
+
+
+def _scale(weight: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """Multiply ``weight [rows, ...]``, freshly decoded, by a scale ``[1]`` or ``[rows]`` from beside its bytes."""
+    if scale is not None:
+        weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
+
+
+def _of_rows(scale: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
+    return scale if scale is None or scale.numel() == 1 else scale[start:stop]
 
 
 def _decode(data: torch.Tensor, fmt: Format, out: torch.Tensor, backend: str) -> None:
@@ -83,12 +102,14 @@ def _decode(data: torch.Tensor, fmt: Format, out: torch.Tensor, backend: str) ->
             flat[start : start + step].copy_(fmt.decode(blocks[start : start + step]))
 
 
+@scratch.retried
 def dequantize(
     data: torch.Tensor,
     fmt: Format | str,
     shape: tuple[int, ...] | torch.Size,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weights that `data` stands for.
 
@@ -99,6 +120,7 @@ def dequantize(
         shape: the logical shape; the last dimension need not be a multiple of the block.
         dtype: fp32, fp16 or bf16.
         backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
+        scale: fp32 ``[1]`` or ``[rows]``, by which a quantized weight is multiplied (NVFP4's second scale).
 
     Returns:
         a new tensor of `shape` and `dtype` on `data`'s device.
@@ -109,7 +131,7 @@ def dequantize(
     """
     fmt = _as_format(fmt)
     if torch.compiler.is_compiling() and fmt.is_quantized:
-        return torch.ops.graft.dequantize(data, fmt.name, list(shape), dtype, backend)
+        return torch.ops.graft.dequantize(data, fmt.name, list(shape), dtype, backend, scale)
     count = math.prod(shape)
     if data.nbytes * fmt.block_size != count * fmt.type_size:
         raise CorruptFile(
@@ -119,6 +141,9 @@ def dequantize(
     if not fmt.is_quantized:
         assert fmt.dtype is not None
         return data.reshape(-1).view(fmt.dtype).reshape(shape).to(dtype)
+    if scale is not None and dtype != torch.float32:
+        # rounded once, from the product
+        return dequantize(data, fmt, shape, torch.float32, backend, scale).to(dtype)
     chosen = backends.choose(data.device, fmt, backend).name
     if not count:
         return torch.empty(shape, dtype=dtype, device=data.device)
@@ -128,23 +153,26 @@ def dequantize(
     rows = _byte_rows(data, fmt, *out.shape)
     assert rows is not None
     _decode(rows.contiguous(), fmt, out, chosen)
-    return out.view(shape)
+    weight = out.view(shape)
+    _scale(weight, scale)
+    return weight
 
 
 def decoded_rows(
-    data: torch.Tensor, fmt: Format | str, rows: int, columns: int, dtype: torch.dtype, backend: str = "auto"
-) -> Iterator[tuple[slice, torch.Tensor]]:
+    data: torch.Tensor, fmt: Format | str, rows: int, columns: int, dtype: torch.dtype, backend: str = "auto",
+    scale: torch.Tensor | None = None,
+) -> Iterator[tuple[slice, torch.Tensor]]:  # fmt: skip
     """Walk over a ``[rows, columns]`` weight in chunks: ``(which rows, weight [n, columns] in dtype)``.
 
     The chunk lies in the reused scratch and is gone with the next step.
     """
     fmt = _as_format(fmt)
     if torch.compiler.is_compiling():
-        yield slice(0, rows), _whole(data, fmt, (rows, columns), dtype, backend)
+        yield slice(0, rows), _whole(data, fmt, (rows, columns), dtype, backend, scale)
         return
     if fmt.is_quantized and columns % fmt.block_size:
         # rows of a reshaped tensor that start inside a block: nothing to walk along
-        yield slice(0, rows), dequantize(data, fmt, (rows, columns), dtype, backend)
+        yield slice(0, rows), dequantize(data, fmt, (rows, columns), dtype, backend, scale)
         return
     if not fmt.is_quantized and data.dtype == dtype:
         yield slice(0, rows), data.reshape(rows, columns)
@@ -152,22 +180,24 @@ def decoded_rows(
     source = _byte_rows(data, fmt, rows, columns) if fmt.is_quantized else data.reshape(rows, columns)
     assert source is not None
     chosen = backends.choose(data.device, fmt, backend).name if fmt.is_quantized else ""
-    step = scratch.rows_per_chunk(data.device, columns, dtype)
+    step = scratch.rows_per_chunk(data.device, columns, dtype, rows=rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = scratch.take(data.device, stop - start, columns, dtype)
         if fmt.is_quantized:
             _decode(source[start:stop], fmt, weight, chosen)
+            _scale(weight, _of_rows(scale, start, stop))
         else:
             weight.copy_(source[start:stop])
         yield slice(start, stop), weight
 
 
 def _whole(
-    data: torch.Tensor, fmt: Format, shape: tuple[int, int], dtype: torch.dtype, backend: str
-) -> torch.Tensor:
+    data: torch.Tensor, fmt: Format, shape: tuple[int, int], dtype: torch.dtype, backend: str,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """The weight ``[N, K]`` in memory of its own, or as it lies if it needs no decoding."""
-    return dequantize(data, fmt, shape, dtype, backend) if fmt.is_quantized else data.reshape(shape).to(dtype)
+    return dequantize(data, fmt, shape, dtype, backend, scale) if fmt.is_quantized else data.reshape(shape).to(dtype)
 
 
 def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: slice) -> None:
@@ -175,8 +205,8 @@ def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: s
     for start, first, up in low_rank.ups:
         begin, end = max(start, rows.start), min(start + up.shape[0], rows.stop)
         if begin < end:
-            part = up[begin - start : end - start].to(out.dtype)
-            target, ranks = out[:, begin - rows.start : end - rows.start], t[:, first : first + up.shape[1]]
+            part = _in(_part(up, 0, begin - start, end - begin), out.dtype)
+            target, ranks = _part(out, 1, begin - rows.start, end - begin), _part(t, 1, first, up.shape[1])
             if _writes_strided(out.device):
                 target.addmm_(ranks, part.t())
             else:
@@ -202,9 +232,9 @@ def _writes_strided(device: torch.device) -> bool:
 
 def _linear_by_chunks(
     x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, t: torch.Tensor | None,
-    low_rank: LowRank | None, bias: torch.Tensor | None, backend: str,
+    low_rank: LowRank | None, bias: torch.Tensor | None, backend: str, scale: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    for rows, weight in decoded_rows(data, fmt, out.shape[1], x.shape[1], x.dtype, backend):
+    for rows, weight in decoded_rows(data, fmt, out.shape[1], x.shape[1], x.dtype, backend, scale):
         part = out[:, rows]
         _multiply(x, weight, None if bias is None else bias[rows], part)
         if t is not None and low_rank is not None:
@@ -212,6 +242,7 @@ def _linear_by_chunks(
             _add_low_rank(part, t, low_rank, rows)
 
 
+@scratch.retried
 def linear(
     x: torch.Tensor,
     data: torch.Tensor,
@@ -220,6 +251,7 @@ def linear(
     residual: LowRank | None = None,
     rows: int | None = None,
     backend: str = "auto",
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x · dequant(data)ᵀ + bias``, with low-rank terms beside it.
 
@@ -231,6 +263,7 @@ def linear(
         residual: low-rank terms.
         rows: N, where `data` is not shaped ``[N, ...]``.
         backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
+        scale: fp32 ``[1]`` or ``[N]``, by which a quantized weight is multiplied.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -241,30 +274,28 @@ def linear(
     fmt = _as_format(fmt)
     n = data.shape[0] if rows is None else rows
     if torch.compiler.is_compiling():
-        return _linear_in_graph(x, data, fmt, bias, residual, n, backend)
-    flat = x.reshape(-1, x.shape[-1])
+        return _linear_in_graph(x, data, fmt, bias, residual, n, backend, scale)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if flat.shape[1] * n != _count(data, fmt):
         raise ValueError(f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}")
     chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
     needs_grad = torch.is_grad_enabled() and x.requires_grad
-    # libgguf writes fp32: for a few rows the product costs less than casting the weight would
-    few = chosen == "cpu" and flat.shape[0] <= FEW_ROWS and x.dtype != torch.float32
-    if (few or is_slow(x)) and not needs_grad:
-        return linear(x.float(), data, fmt, bias, residual, n, backend).to(x.dtype)
+    if not needs_grad and is_widened(x, chosen):
+        return linear(x.float(), data, fmt, bias, residual, n, backend, scale).to(x.dtype)
     if bias is not None:
-        bias = bias.to(x.dtype)
+        bias = _in(bias, x.dtype)
     if needs_grad:
         t = residual.project(flat) if residual is not None else None
         # on the way back autograd asks for the weight again: it must not lie in the scratch
-        out = F.linear(flat, _whole(data, fmt, (n, flat.shape[1]), x.dtype, backend), bias)
+        out = F.linear(flat, _whole(data, fmt, (n, flat.shape[1]), x.dtype, backend, scale), bias)
         if t is not None and residual is not None:
             _add_low_rank(out, t, residual, slice(0, n))
         return out.view(*x.shape[:-1], n)
     t = residual.project(flat) if residual is not None else None
-    out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
-    if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias)):
-        _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend)
-    return out.view(*x.shape[:-1], n)
+    out = flat.new_empty(flat.shape[0], n)
+    if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias, scale)):
+        _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend, scale)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 
 def is_slow(x: torch.Tensor) -> bool:
@@ -272,23 +303,37 @@ def is_slow(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in cpu.SLOW_DTYPES
 
 
+def is_widened(x: torch.Tensor, backend: str) -> bool:
+    """Whether `linear` multiplies a narrower x in fp32: where it is slow, and where it has few rows.
+
+    The `cpu` backend writes fp32: for a few rows the product costs less than casting the weight would.
+    """
+    if x.dtype == torch.float32:
+        return False
+    return (backend == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]) or is_slow(x)
+
+
 def _linear_in_graph(
     x: torch.Tensor, data: torch.Tensor, fmt: Format, bias: torch.Tensor | None, low_rank: LowRank | None, rows: int,
-    backend: str,
+    backend: str, scale: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """`linear` as one node of a traced graph (`compiled.py`)."""
+    return torch.ops.graft.linear(x, data, fmt.name, rows, bias, *_apart(low_rank), backend, scale)
+
+
+def _apart(
+    low_rank: LowRank | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor], list[int]]:
+    """Low-rank terms as an operator takes them: A, S, all B, and of each its start and its first rank."""
     if low_rank is None:
-        return torch.ops.graft.linear(x, data, fmt.name, rows, bias, None, None, [], [], backend)
+        return None, None, [], []
     places = [number for start, first, _ in low_rank.ups for number in (start, first)]
-    ups = [up for _, _, up in low_rank.ups]
-    return torch.ops.graft.linear(
-        x, data, fmt.name, rows, bias, low_rank.down, low_rank.scale, ups, places, backend
-    )
+    return low_rank.down, low_rank.scale, [up for _, _, up in low_rank.ups], places
 
 
 def _linear_in_triton(
     x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, t: torch.Tensor | None,
-    low_rank: LowRank | None, bias: torch.Tensor | None,
+    low_rank: LowRank | None, bias: torch.Tensor | None, scale: torch.Tensor | None,
 ) -> bool:  # fmt: skip
     """Run a matvec or fused kernel if the table says that it wins; False if chunks do."""
     triton = backends.triton_backend()
@@ -296,14 +341,21 @@ def _linear_in_triton(
     kernel = triton.choose(x.shape[0], out.shape[1], x.shape[1], fmt, x.device, x.dtype)
     if kernel == "dequantize" or x.shape[1] % fmt.block_size:
         return False
-    source = _byte_rows(data, fmt, out.shape[1], x.shape[1])
+    if scale is not None:
+        # in fp32: what has not been scaled yet may be more than fp16 holds
+        wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        getattr(triton, kernel)(x, data, fmt, wide, None, None)
+        out.copy_(wide.mul_(scale) if bias is None else wide.mul_(scale).add_(bias))
+        if t is not None and low_rank is not None:
+            _add_low_rank(out, t, low_rank, slice(0, out.shape[1]))
+        return True
     # the epilogue takes one term that spans the whole layer; slices are added behind it
     spans = low_rank is not None and len(low_rank.ups) == 1 and low_rank.ups[0][2].shape[0] == out.shape[1]
     epilogue = None
     if t is not None and low_rank is not None and spans:
         _, first, up = low_rank.ups[0]
-        epilogue = (t.narrow(1, first, up.shape[1]), up.to(x.dtype))
-    getattr(triton, kernel)(x, source, fmt, out, bias, epilogue)
+        epilogue = (_part(t, 1, first, up.shape[1]), up)
+    getattr(triton, kernel)(x, data, fmt, out, bias, epilogue)
     if t is not None and low_rank is not None and not spans:
         _add_low_rank(out, t, low_rank, slice(0, out.shape[1]))
     return True
@@ -311,7 +363,7 @@ def _linear_in_triton(
 
 def embedding(
     indices: torch.Tensor, data: torch.Tensor, fmt: Format | str, shape: tuple[int, int], dtype: torch.dtype,
-    backend: str = "auto",
+    backend: str = "auto", scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Rows of a packed ``[count, width]`` table: only those that are looked up are decoded.
 
@@ -325,9 +377,11 @@ def embedding(
     count, width = shape
     source = _byte_rows(data, fmt, count, width) if fmt.is_quantized else data.reshape(count, width)
     if source is None:
-        return F.embedding(indices, dequantize(data, fmt, shape, dtype, backend))
-    wanted = source.index_select(0, indices.reshape(-1))
-    return dequantize(wanted, fmt, (*indices.shape, width), dtype, backend)
+        return F.embedding(indices, dequantize(data, fmt, shape, dtype, backend, scale))
+    flat = indices.reshape(-1)
+    scales = scale if scale is None or scale.numel() == 1 else scale.index_select(0, flat)
+    rows = dequantize(source.index_select(0, flat), fmt, (flat.numel(), width), dtype, backend, scales)
+    return rows.view(*indices.shape, width)
 
 
-__all__ = ["LowRank", "decoded_rows", "dequantize", "embedding", "is_slow", "linear"]
+__all__ = ["LowRank", "decoded_rows", "dequantize", "embedding", "is_slow", "is_widened", "linear"]

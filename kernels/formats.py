@@ -1,6 +1,6 @@
 """The table of GGUF types: the only list of them in this project.
 
-Checks, kernels, tests, error messages and the README's matrix all read it; adding a type is adding a
+Checks, kernels, tests, error messages and the matrix in docs/formats.md all read it; adding a type is adding a
 row (CONTRIBUTING.md, "A new format"). Numbers, block sizes and byte sizes are those of ggml
 (`enum ggml_type` and `type_traits` in ggml.c, mirrored by `gguf.constants.GGML_QUANT_SIZES`).
 """
@@ -28,7 +28,7 @@ class Format:
         ggml_type: the number that stands in the file.
         block_size: weights in a block.
         type_size: bytes of a block.
-        family: what it is related to; groups the README's matrix.
+        family: what it is related to; groups the matrix in docs/formats.md.
         decode: reference decode, ``uint8 [blocks, type_size] -> fp32 [blocks, block_size]``.
         triton: the Triton decode function as ``module.function`` in ``kernels/triton_``.
         book: the code book that it looks codes up in, a name of `codebooks.NAMES`.
@@ -67,6 +67,10 @@ class Format:
 
     def __str__(self) -> str:
         return self.name
+
+    def __hash__(self) -> int:
+        # looked up in every call of a layer: not by all of its fields
+        return self.ggml_type
 
 
 def _quantized(

@@ -70,6 +70,35 @@ def load_u32(row, block, index, mask, FIELD: tl.constexpr, TYPE_SIZE: tl.constex
 
 
 @triton.jit
+def load_quads(words, start, shifted, mask):
+    """Sixteen bytes at a time, wherever between words they begin: u32 [R, 4 C].
+
+    Five words each are loaded whole, rather than eight halves: 32-bit loads can be pipelined, 16-bit ones cannot.
+
+    Args:
+        words: u32 pointers [R].
+        start: which word is the first of each sixteen bytes, [C].
+        shifted: bool [R], whether the bytes begin in the middle of that word.
+        mask: bool [R].
+    """
+    R: tl.constexpr = words.shape[0]
+    C: tl.constexpr = start.shape[0]
+    at = words[:, None] + start[None, :]
+    four = tl.load(at[:, :, None] + tl.arange(0, 4)[None, None, :], mask=mask[:, None, None], other=0)
+    fifth = tl.load(at + 4, mask=mask[:, None], other=0)
+    # a word's upper half and the lower one of the next: both lie in one thread
+    even, odd = tl.split(tl.reshape(four, [R, C, 2, 2]))
+    _, third = tl.split(even)
+    beyond = tl.join(third, fifth)
+    shifted = shifted[:, None, None]
+    even, odd = (
+        tl.where(shifted, (even >> 16) | (odd << 16), even),
+        tl.where(shifted, (odd >> 16) | (beyond << 16), odd),
+    )
+    return tl.reshape(tl.join(even, odd), [R, 4 * C])
+
+
+@triton.jit
 def load_f16(row, block, mask, FIELD: tl.constexpr, TYPE_SIZE: tl.constexpr):
     """The fp16 at byte FIELD of a block: fp32 [R, C]."""
     halves = row.to(tl.pointer_type(tl.float16))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import load_f16, load_u32, locate, repeat, spread, unpack, unpack_signed
+from .bits import load_f16, load_quads, load_u32, locate, repeat, spread, unpack, unpack_signed
 
 
 @triton.jit
@@ -72,9 +72,29 @@ def decode_q5_1(row, unit, mask, table, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _load_pairs(row, unit, mask, UNIT: tl.constexpr):
+    """Codes of pairs of Q8_0's blocks, 17 words each, from rows that begin with a word: packed u32 [R, UNIT / 4].
+
+    The first block's codes begin in the middle of a pair's first word, those of the second with its tenth.
+    """
+    R: tl.constexpr = row.shape[0]
+    PAIRS: tl.constexpr = UNIT // 64
+    words = row.to(tl.pointer_type(tl.uint32)) + unit * (PAIRS * 17)
+    quad = tl.arange(0, 2 * PAIRS)
+    first = load_quads(words, quad // 2 * 17 + quad % 2 * 4, tl.full([R], 1, tl.int1), mask)
+    word = tl.arange(0, 8 * PAIRS)
+    second = tl.load(words[:, None] + (word // 8 * 17 + 9 + word % 8)[None, :], mask=mask[:, None], other=0)
+    both = tl.join(tl.reshape(first, [R, PAIRS, 8]), tl.reshape(second, [R, PAIRS, 8]))
+    return tl.reshape(tl.permute(both, [0, 1, 3, 2]), [R, UNIT // 4])
+
+
+@triton.jit
 def decode_q8_0(row, unit, mask, table, UNIT: tl.constexpr):
-    """Q8_0, 34 bytes: d[2] qs[32], signed. w = d q."""
+    """Q8_0, 34 bytes: d[2] qs[32], signed. w = d q. Where a UNIT is pairs of blocks, rows have to begin with a word."""
+    if UNIT % 64 == 0:
+        codes = _load_pairs(row, unit, mask, UNIT)
+    else:
+        block, word = locate(unit, UNIT, 4, 32)
+        codes = load_u32(row, block, word, mask, 2, 34)
     block, _ = locate(unit, UNIT, 32, 32)
-    d = load_f16(row, block, mask, 0, 34)
-    block, word = locate(unit, UNIT, 4, 32)
-    return repeat(d, 32) * unpack_signed(load_u32(row, block, word, mask, 2, 34))
+    return repeat(load_f16(row, block, mask, 0, 34), 32) * unpack_signed(codes)

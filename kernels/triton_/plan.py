@@ -85,11 +85,17 @@ def architecture(device: torch.device) -> str:
     return f"sm_{10 * major + minor}"
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side; 0 where that is not known."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
 def choose(m: int, n: int, k: int, fmt: Format, device: torch.device, dtype: torch.dtype) -> Kernel:
     """The way for x ``[m, k]`` in `dtype` times a weight ``[n, k]`` in `fmt` on `device`.
 
     ``dequantize`` means decoding to memory, then the vendor's GEMM; that is also the way where x is fp32, which the
-    tensor cores would round.
+    tensor cores would round, and where the fused kernel, which walks along K alone, would leave multiprocessors idle.
     """
     if not fmt.is_quantized or fmt.triton is None or k % max(32, fmt.block_size):
         return "dequantize"
@@ -97,5 +103,6 @@ def choose(m: int, n: int, k: int, fmt: Format, device: torch.device, dtype: tor
         return "matvec"
     if dtype == torch.float32:
         return "dequantize"
-    rows = tiles(architecture(device))
-    return "matmul" if rows and m <= rows[-1].m else "dequantize"
+    cut = next((row for row in tiles(architecture(device)) if m <= row.m), None)
+    # such a tile holds all rows: programs lie along N alone
+    return "matmul" if cut is not None and -(-n // cut.n) >= multiprocessors(device) else "dequantize"
