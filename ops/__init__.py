@@ -4,7 +4,7 @@
     load_adapters(path)     a LoRA file of any trainer
 """
 
-from .gguf_file import open_gguf
-from .lora_file import load_adapters
+from .files.gguf import open_gguf
+from .files.lora import load_adapters
 
 __all__ = ["load_adapters", "open_gguf"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from ..kernels import scratch
 
 if TYPE_CHECKING:
     from .layers import PackedLayer
+    from .strengths import RowStrengths
 
 # of a block-diagonal product; its blocks are read again for the next rows
 LEAST_ROWS = 192
@@ -78,12 +79,15 @@ class Layout:
 
         Args:
             blocks: ``[number, b, b]``.
+            s: one strength, or one for each position of y.
         """
-        blocks = blocks.to(y) * s.to(y)
+        each = self._flat(s, y) if s.dim() else None
+        blocks = blocks.to(y) if s.dim() else blocks.to(y) * s.to(y)
 
-        def turn(rows: torch.Tensor) -> None:
+        def turn(rows: torch.Tensor, which: slice) -> None:
             parts = rows.unflatten(1, (len(blocks), -1))
-            parts.add_(torch.bmm(parts.transpose(0, 1), blocks).transpose(0, 1))
+            change = torch.bmm(parts.transpose(0, 1), blocks).transpose(0, 1)
+            parts.add_(change if each is None else change * each[which, None])
 
         return self._by_rows(y, y.dtype, turn)
 
@@ -98,7 +102,7 @@ class Layout:
         wide = torch.promote_types(y.dtype, torch.float32)
         products, s = [product.to(y.device, wide) for product in products], s.to(y.device, wide)
 
-        def turn(rows: torch.Tensor) -> None:
+        def turn(rows: torch.Tensor, which: slice) -> None:
             turned = rows.to(wide)
             _turn_through(turned, products, s)
             if turned is not rows:
@@ -106,20 +110,51 @@ class Layout:
 
         return self._by_rows(y, wide, turn)
 
-    def _by_rows(self, y: torch.Tensor, wide: torch.dtype, change: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        """Call `change` on pieces ``[n, C]`` of y that it changes in place, with what it needs beside them in cache."""
+    def _flat(self, s: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Strengths for each position of y as ``[n, 1]``, in the order in which `_by_rows` walks."""
+        return s.to(y).movedim(self.axis, -1).expand(*y.movedim(self.axis, -1).shape[:-1], 1).reshape(-1, 1)
+
+    def _by_rows(
+        self, y: torch.Tensor, wide: torch.dtype, change: Callable[[torch.Tensor, slice], None]
+    ) -> torch.Tensor:
+        """Call `change` on pieces ``[n, C]`` of y that it changes in place, with what it needs beside them in cache.
+
+        It is told which of all positions they are.
+        """
         last = y.movedim(self.axis, -1)
-        in_place = not self.kernel and _is_rows(y)
+        # also where the channels of a map lie together, or it is of a single pixel
+        in_place = last.is_contiguous() or (not self.kernel and _is_rows(y))
         rows = (last if in_place else last.contiguous()).view(-1, last.shape[-1])
         # an eighth of the scratch: beside them lie as many three times over, before and after a product
         step = max(LEAST_ROWS, scratch.rows_per_chunk(y.device, 8 * rows.shape[1], wide))
         for start in range(0, rows.shape[0], step):
-            change(rows[start : start + step])
+            which = slice(start, start + step)
+            change(rows[which], which)
         return y if in_place else y.copy_(rows.view(last.shape).movedim(-1, self.axis))
 
-    def spread(self, vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``[C]`` in x's dtype and place, to multiply x's channels with."""
-        return vector.to(x).reshape(-1, *(1,) * len(self.kernel))
+    def spread(self, vector: torch.Tensor, x: torch.Tensor, s: torch.Tensor | None = None) -> torch.Tensor:
+        """``[C]`` in x's dtype and place, to multiply x's channels with; times `s`, one or one for each position."""
+        if s is not None and not s.dim():
+            vector, s = vector.to(x.device) * s, None
+        spread = vector.to(x).reshape(-1, *(1,) * len(self.kernel))
+        return spread if s is None else spread * s
+
+    def lead(self, x: torch.Tensor) -> torch.Size:
+        """The shape of the layer's output on x without its channels: ``[...]`` for Linear, ``[B, *space]`` for Conv."""
+        if not self.kernel:
+            return x.shape[:-1]
+        layer: Any = self.layer
+        if x.dim() == len(self.kernel) + 1:
+            return self.lead(x.unsqueeze(0))[1:]
+        if layer.padding == "same":
+            return torch.Size((x.shape[0], *x.shape[2:]))
+        padding = (0,) * len(self.kernel) if layer.padding == "valid" else layer.padding
+        sizes = zip(x.shape[2:], self.kernel, layer.stride, padding, layer.dilation, strict=True)
+        return torch.Size((x.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)))
+
+    def by_row(self, strengths: RowStrengths, x: torch.Tensor) -> torch.Tensor:
+        """Strengths for each position of the output on x, their slots where its channels are."""
+        return strengths.on(x, self.lead(x), bool(self.kernel)).movedim(-1, self.axis)
 
     def narrow(self, x: torch.Tensor, start: int, length: int) -> torch.Tensor:
         """A view of some of x's channels."""
