@@ -8,6 +8,7 @@ from typing import Any
 import folder_paths
 
 from ..demo import pictures
+from ..demo.scenes import STYLES, draw_scenes
 from . import node
 from .loader import DEMO_FOLDER
 from .lora import DEMO_LORAS
@@ -41,7 +42,7 @@ class GraftDemoPrompt:
         return {"required": {"text": ("STRING", text)}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, text: str | None) -> bool | str:
+    def VALIDATE_INPUTS(cls, text: str | None = None) -> bool | str:
         try:
             pictures.prompt(text or "")
         except ValueError as error:
@@ -69,3 +70,37 @@ class GraftDemoDecode:
 
     def decode(self, samples: dict) -> tuple[Any]:
         return (pictures.decode(pictures.to_model(samples["samples"].cpu())),)
+
+
+class GraftDemoPictures:
+    """Demo Training Pictures (Graft)."""
+
+    DESCRIPTION = (
+        "Draws pictures in a style, with their captions, for Train LoRA (Graft) on Graft's demo model. One in ten "
+        "comes without its caption, which keeps guidance working."
+    )
+    SEARCH_ALIASES = ["demo", "graft demo", "training data", "dataset"]  # noqa: RUF012
+    CATEGORY = f"{node.CATEGORY}/demo"
+    RETURN_TYPES = ("LATENT", "CONDITIONING", "IMAGE")
+    RETURN_NAMES = ("latents", "positive", "IMAGE")
+    OUTPUT_TOOLTIPS = ("The pictures as latents.", "A caption for each, in the same order.", "To look at.")
+    FUNCTION = "draw"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        count = {"default": 64, "min": 1, "max": 4096, "tooltip": "How many pictures."}
+        seed = {"default": 0, "min": 0, "max": 0xFFFFFFFF, "control_after_generate": True}
+        return {
+            "required": {
+                "style": ([*STYLES], {"tooltip": "How they are drawn. The demo model draws in the style toy."}),
+                "count": ("INT", count),
+                "seed": ("INT", {**seed, "tooltip": "Which shapes, colours and places."}),
+            }
+        }
+
+    def draw(self, style: str, count: int, seed: int) -> tuple[Any, ...]:
+        drawn, captions = draw_scenes(style, count, seed)
+        prompt = GraftDemoPrompt().encode
+        texts = ["" if index % 10 == 9 else caption for index, caption in enumerate(captions)]
+        conds = [cond for text in texts for cond in prompt(text)[0]]
+        return {"samples": pictures.to_host(pictures.encode(drawn))}, conds, drawn

@@ -1,9 +1,10 @@
-"""LoRAs on a model: eight rows of toggle, file and strength."""
+"""LoRAs on a model: rows of toggle, file and strength."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import ChainMap, Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -13,22 +14,40 @@ import comfy.lora
 import comfy.lora_convert
 
 from ..kernels import AdapterError
-from ..ops.dialects import Target, module_names
-from ..ops.lora_file import AdapterFile, load_adapters
-from ..ops.report import FileReport, modules_of, place_of, way_of
+from ..ops.files.lora import AdapterFile, load_adapters
+from ..ops.files.lora_info import trigger_words
+from ..ops.report import FileReport, place_of, way_of
+from ..ops.strengths import Strength
 from . import node
+from .lora_names import LoadedFile
+from .model_files import OFFERED, Found, find, listed
 from .patcher import GraftPatcher
 
 log = logging.getLogger(__name__)
 
 ROWS = 8
+"""That have widgets of their own; any number of others are in one text."""
 NONE = "None"
+HOME = "the loras folder"
+"""In messages, without a slash: newer front ends show it as its code where a node is refused before it runs."""
+READABLE = (".safetensors", ".sft", ".gguf")
 STACK_INPUT = "lora_stack"
+MORE_ROWS, IF_MISSING = "more_rows", "if_missing"
+ERROR, SKIP = "error", "skip"
+WHEN = "GRAFT_STRENGTH"
+"""A strength that depends on the call, on a link."""
 ATTACHED = "graft_lora_stack"
 """Under which a MODEL or CLIP carries what was put on it."""
 
+VARYING = "graft_varying_loras"
+"""Under which a MODEL carries the names of the LoRAs whose strengths depend on the call."""
+
 DEMO_LORAS = "graft_demo_loras"
 """A key of our own for the demo's files, so that they don't stand among people's own in other nodes."""
+
+
+GGUF_LORAS = "graft_lora_gguf"
+"""A key of our own for GGUF files in the folders of LoRAs, which hosts list no such files from."""
 
 
 class LoraFiles:
@@ -51,85 +70,57 @@ class LoraFiles:
 
 
 def apply_lora(
-    model: Any, file: AdapterFile, name: str, strength: float, clip: Any = None, strength_clip: float = 0.0
-) -> FileReport:
+    model: Any, file: AdapterFile, name: str, strength: float, clip: Any = None, strength_clip: float = 0.0,
+    when: Strength | None = None,
+) -> FileReport:  # fmt: skip
     """Add a file's adapters to `model` and `clip` (clones already) through the host's converters, key maps and loader.
 
+    Args:
+        when: where and when they work on the model; None is everywhere and always.
+
     Raises:
-        AdapterError: nothing in the file fits either.
+        AdapterError: nothing in the file fits either, or the model has no such strengths.
     """
     state = comfy.lora_convert.convert_lora(dict(file.state))
-    patches = _load(state, layer_names(model, modules_of(state)))
-    taken, rejected = _add(model, patches, strength) if strength else ([], {})
+    loaded = LoadedFile(model.model, state, comfy.lora.model_lora_keys_unet(model.model, {}))
+    taken, rejected = _add(model, loaded.patches, strength, when, name) if strength else ([], {})
+    if when is not None and taken:
+        model.set_attachments(VARYING, (*varying_on(model), (when, f"{name} at {strength:g}")))
     kind = type(model.model.model_config).__name__
-    report = FileReport.of(name, strength, state, dict(ChainMap(*patches)), taken, rejected, kind)
-    report = replace(report, dialect=file.dialect, ways=_ways(model, taken))
+    found = dict(ChainMap(*loaded.patches))
+    report = FileReport.of(name, strength, state, found, taken, rejected | loaded.rejected, kind, loaded.placed)
+    report = replace(report, dialect=file.dialect, ways=_ways(model, taken), notes=_unused(model, when))
     if clip is not None:
-        for_clip = _load(state, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
-        found = [key for part in for_clip if strength_clip for key in clip.add_patches(part, strength_clip)]
-        report = replace(report, on_clip=len({place_of(key) for key in found}))
+        for_clip = LoadedFile(None, state, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
+        on_clip = [key for part in for_clip.patches if strength_clip for key in clip.add_patches(part, strength_clip)]
+        left_out = {**report.rejected, **for_clip.rejected}
+        report = replace(report, on_clip=len({place_of(key) for key in on_clip}), rejected=left_out)
     if not taken and not report.on_clip and (strength or strength_clip):
         raise AdapterError(report.line)
     return report
 
 
-def layer_names(model: Any, modules: Collection[str]) -> dict[str, Any]:
-    """The host's names for the layers of a MODEL, and ours for those of a file's `modules` that it has none for."""
-    theirs = comfy.lora.model_lora_keys_unet(model.model, {})
-    unknown = [module for module in modules if module not in theirs]
-    ours = module_names(_weight_shapes(model)) if unknown else {}
-    # the host tries every name that it is given on every kind of adapter, so it gets no others
-    return theirs | {module: _host_key(ours[module]) for module in unknown if module in ours}
-
-
-def _host_key(target: Target) -> Any:
-    """A target as it stands in the host's maps: a parameter, or ``(parameter, part[, function])``."""
-    key, region, function = target
-    if function is not None:
-        return key, region, function
-    return key if region is None else (key, tuple(region))
-
-
-def _weight_shapes(model: Any) -> dict[str, Sequence[int]]:
-    """Shapes of weights by layer; a Graft model's state dict would show those of packed bytes."""
-    if isinstance(model, GraftPatcher):
-        return {path: layer.logical_shape for path, layer in model.graft.layers.items()}
-    weights = {key.removesuffix(".weight"): w for key, w in model.model.state_dict().items() if key.endswith(".weight")}
-    return {path: weight.shape for path, weight in weights.items() if weight.dim() > 1}
-
-
-_WHOLE = {".diff", ".set_weight"}
-_BESIDE_WHOLE = _WHOLE | {".diff_b", ".diff_m", ".alpha"}
-
-
-def _load(state: dict[str, Any], names: dict[str, Any]) -> list[dict[Any, Any]]:
-    """What the host's loader finds in a file, as patches to put on one after another, and what it would lose.
-
-    It keeps one patch for a parameter, so that a difference would take the place of factors; and the bias of a part of
-    a layer gets a key of no parameter.
-    """
-    again, biases, on_parts = set(), set(), {}
-    for module, fields in modules_of(state).items():
-        if fields.keys() - _BESIDE_WHOLE:
-            again |= {fields[field] for field in _WHOLE & fields.keys()}
-        target = names.get(module)
-        if ".diff_b" in fields and isinstance(target, tuple):
-            biases.add(fields[".diff_b"])
-            key = (target[0].removesuffix("weight") + "bias", *target[1:])
-            on_parts[key] = ("diff", (state[fields[".diff_b"]],))
-    passes = ({k: state[k] for k in state if k in part} for part in (state.keys() - again - biases, again))
-    found = [comfy.lora.load_lora(part, names, log_missing=False) for part in passes]
-    return [patches for patches in (*found, on_parts) if patches]
-
-
-def _add(model: Any, passes: Sequence[dict[Any, Any]], strength: float) -> tuple[list, dict[str, str]]:
+def _add(
+    model: Any, passes: Sequence[dict[Any, Any]], strength: float, when: Strength | None, name: str
+) -> tuple[list, dict[str, str]]:
     """The keys that `model` takes, and why it rejects others of these."""
     if not isinstance(model, GraftPatcher):
+        if when is not None:
+            raise AdapterError(
+                "LoRAs by region and step need a model from Load Diffusion Model (GGUF, Graft): load it with that node"
+            )
         return [key for patches in passes for key in model.add_patches(patches, strength)], {}
     before, model.rejected = model.rejected, {}
-    taken = [key for patches in passes for key in model.add_patches(patches, strength)]
+    taken = [key for patches in passes for key in model.add_patches(patches, strength, when=when, source=name)]
     rejected, model.rejected = model.rejected, before | model.rejected
     return taken, rejected
+
+
+def _unused(model: Any, when: Strength | None) -> tuple[str, ...]:
+    """Of weights of blocks, what fits nothing in this model."""
+    if when is None or when.blocks is None:
+        return ()
+    return tuple(f"no block of this model is called {rule}" for rule in when.blocks.unused(model.graft.layers))
 
 
 def _ways(model: Any, taken: Collection[Any]) -> dict[str, int]:
@@ -141,23 +132,6 @@ def _ways(model: Any, taken: Collection[Any]) -> dict[str, int]:
     return Counter("patched by ComfyUI" if r is None else way_of(r.path, r.reason) for r in found)
 
 
-def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """What the file says its trainer called the subject; the most frequent tags where it does not say."""
-    phrase = metadata.get("modelspec.trigger_phrase") or metadata.get("ss_trigger_words")
-    if phrase:
-        return [w.strip() for w in phrase.split(",") if w.strip()]
-    try:
-        frequencies = json.loads(metadata.get("ss_tag_frequency", "{}"))
-    except json.JSONDecodeError:
-        return []
-    counts: dict[str, float] = {}
-    for tags in frequencies.values() if isinstance(frequencies, dict) else ():
-        for tag, count in tags.items() if isinstance(tags, dict) else ():
-            if isinstance(count, (int, float)):
-                counts[tag.strip()] = counts.get(tag.strip(), 0) + count
-    return sorted(counts, key=lambda tag: -counts[tag])[:3]
-
-
 class Row(NamedTuple):
     """A LoRA to apply: the file, its strengths, and where it is written, for messages."""
 
@@ -165,10 +139,23 @@ class Row(NamedTuple):
     strength: float
     strength_clip: float
     place: str
+    when: Strength | None = None
 
     @property
     def incoming(self) -> bool:
         return self.place == STACK_INPUT
+
+    def sent(self) -> _Sent:
+        """As it stands in a LORA_STACK."""
+        sent = _Sent((self.name, self.strength, self.strength_clip))
+        sent.when = self.when
+        return sent
+
+
+class _Sent(tuple):
+    """``(file, model strength, clip strength)`` as all packs know it; where and when, we alone read."""
+
+    when: Strength | None = None
 
 
 class _Stacked:
@@ -200,11 +187,16 @@ def rows_on(target: Any) -> tuple[tuple[str, float], ...]:
     return getattr(getattr(target, "patcher", target), "attachments", {}).get(ATTACHED, ())
 
 
+def varying_on(model: Any) -> tuple[tuple[Strength, str], ...]:
+    """Of the LoRAs on a MODEL whose strengths depend on the call: these, and their names."""
+    return getattr(model, "attachments", {}).get(VARYING, ())
+
+
 class GraftLoraStack:
     """LoRA Stack (Graft)."""
 
     DESCRIPTION = (
-        "Up to eight LoRAs in one node, each with its own switch and strength. On a Graft model they run beside the "
+        "Any number of LoRAs in one node, each with its own switch and strength. On a Graft model they run next to the "
         "quantized weights; a new strength reloads nothing."
     )
     SEARCH_ALIASES = ["lora loader", "lora stack", "multi lora", "power lora", "gguf lora"]  # noqa: RUF012
@@ -243,6 +235,33 @@ class GraftLoraStack:
             )
         # last, since workflows keep the order
         optional["clip"] = ("CLIP", {"tooltip": "For LoRAs that were trained with the text encoder; may stay empty."})
+        for row in range(1, ROWS + 1):
+            tooltip = f"Where and when row {row} works, from LoRA Where and When (Graft). Empty: everywhere and always."
+            optional[f"when_{row}"] = (WHEN, {"tooltip": tooltip})
+        optional["clip_strengths"] = (
+            "STRING",
+            {
+                "default": "",
+                "tooltip": "Strengths for CLIP where they differ from those for the model, as row = strength: "
+                "1 = 0.5, 3 = 0. Leave it empty to use the same.",
+            },
+        )
+        optional[MORE_ROWS] = (
+            "STRING",
+            {
+                "default": "",
+                # no braces: the front end would take them for places of its translations
+                "tooltip": f"Rows from the {ROWS + 1}th on, as JSON. The rows write it; the help page shows how.",
+            },
+        )
+        optional[IF_MISSING] = (
+            [ERROR, SKIP],
+            {
+                "default": ERROR,
+                "tooltip": "What to do if a LoRA file is missing: stop with an error, or skip its row. The report says "
+                "which rows were skipped.",
+            },
+        )
         return {
             "required": {"model": ("MODEL", {"tooltip": "A Graft model, or any other."})},
             "optional": optional,
@@ -250,17 +269,22 @@ class GraftLoraStack:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> Any:
-        return [node.file_state(lora_path(row.name)) for row in _own_rows(inputs)]
+        paths = [lora_file(row.name).path for row in own_rows(inputs)]
+        skips = inputs.get(IF_MISSING) == SKIP
+        return [node.UNKNOWN if path is None and skips else node.file_state(path) for path in paths]
 
     @classmethod
-    def VALIDATE_INPUTS(cls, **_: Any) -> bool:
-        """All that the host would check; a missing file `apply` names once, the host would for every input."""
+    def VALIDATE_INPUTS(cls, **inputs: Any) -> bool:
+        """Raises what is to be said of missing files: a text the host would repeat on every input."""
+        _found(own_rows(inputs), skips=inputs.get(IF_MISSING, ERROR) in (SKIP, None))  # None: it is on a link
         return True
 
     def apply(self, model: Any, clip: Any = None, **inputs: Any) -> dict:
-        rows = [*_stacked_rows(inputs), *_own_rows(inputs)]
-        paths = _paths(rows)
-        reports: list[str] = []
+        rows = [*_stacked_rows(inputs), *own_rows(inputs)]
+        files, skipped = _found(rows, skips=inputs.get(IF_MISSING) == SKIP)
+        rows = [row for row in rows if row.name in files]
+        paths = {name: path for name, (_, path) in files.items()}
+        reports = [f"{what}: skipped, the file is not here" for what in skipped]
         words: list[str] = []
         on_model, on_clip = _Stacked(model), _Stacked(clip)
         norm = "merged" if isinstance(model, GraftPatcher) else "comfy"
@@ -272,49 +296,111 @@ class GraftLoraStack:
             words += trigger_words(file.metadata)
             if strength or strength_clip:
                 targets = on_model.changed(row, strength), on_clip.changed(row, strength_clip)
-                reports.append(apply_lora(targets[0], file, row.name, strength, targets[1], strength_clip).text)
+                report = apply_lora(targets[0], file, row.name, strength, targets[1], strength_clip, row.when)
+                reports.append(report.text + (f"\n  {row.when}" if row.when and strength else ""))
             elif row.strength:
                 reports.append(f"{row.name} ×{row.strength:.2f}: on this model already, not put on it again")
+            else:
+                reports.append(f"{row.name} ×0.00: does nothing at strength 0")
         self._files.keep(set(paths.values()))
         text = "\n".join(reports) or "no LoRA is switched on"
         log.info("%s", text)
-        stack = [(row.name, row.strength, row.strength_clip) for row in rows]
-        return node.result((on_model.value, stack, text, ", ".join(dict.fromkeys(words)), on_clip.value), text)
+        stack = [row.sent() for row in rows]
+        outputs = (on_model.value, stack, text, ", ".join(dict.fromkeys(words)), on_clip.value)
+        return node.result(outputs, text, *(file.note for file, _ in files.values()))
 
 
 def lora_files() -> list[str]:
-    """What the rows list."""
-    return node.files("loras", DEMO_LORAS)
+    """What the rows list: what can be read, of what the host's own nodes do, and GGUF."""
+    return [name for name in listed("loras", GGUF_LORAS, DEMO_LORAS) if name.lower().endswith(READABLE)]
 
 
-def lora_path(name: str) -> str | None:
-    """Where a listed file lies, or None if it is gone."""
-    return node.file_path(name, "loras", DEMO_LORAS)
+def lora_file(name: str) -> Found:
+    """The file that a workflow calls so."""
+    return find(name, "loras", GGUF_LORAS, DEMO_LORAS, among=lora_files())
 
 
 def _stacked_rows(inputs: dict[str, Any]) -> list[Row]:
     """What came in; some packs leave the clip strength out, others keep empty rows."""
-    rows = [(*row, row[1])[:3] for row in inputs.get(STACK_INPUT) or () if row[0] and row[0] != NONE]
-    return [Row(name, float(strength), float(strength_clip), STACK_INPUT) for name, strength, strength_clip in rows]
+    rows = [row for row in inputs.get(STACK_INPUT) or () if row[0] and row[0] != NONE]
+    return [
+        Row(name, float(strength), float(strength_clip), STACK_INPUT, getattr(row, "when", None))
+        for row in rows
+        for name, strength, strength_clip in [(*row, row[1])[:3]]
+    ]
 
 
-def _own_rows(inputs: dict[str, Any]) -> list[Row]:
-    """The rows that are switched on; until the node runs, what comes through a link is None."""
+def own_rows(inputs: Mapping[str, Any]) -> list[Row]:
+    """The rows of a node itself that are switched on; until the node runs, what comes through a link is None.
+
+    Raises:
+        AdapterError: one of its texts cannot be read.
+    """
     rows = []
+    for_clip = _clip_strengths(inputs.get("clip_strengths") or "")
     for number in range(1, ROWS + 1):
         name = inputs.get(f"lora_{number}")
         if name and name != NONE and inputs.get(f"enabled_{number}", True):
             strength = float(inputs.get(f"strength_{number}", 1.0) or 0.0)
-            rows.append(Row(name, strength, strength, f"row {number}"))
+            when = inputs.get(f"when_{number}")
+            rows.append(Row(name, strength, for_clip.get(number, strength), f"row {number}", when))
+    for number, given in enumerate(_more_rows(inputs.get(MORE_ROWS) or ""), ROWS + 1):
+        name, strength = given["lora"], float(given.get("strength", 1.0))
+        if name and name != NONE and given.get("on", True):
+            strength_clip = float(given.get("strength_clip", for_clip.get(number, strength)))
+            rows.append(Row(name, strength, strength_clip, f"row {number}", inputs.get(f"when_{number}")))
     return rows
 
 
-def _paths(rows: Sequence[Row]) -> dict[str, str]:
-    """Where the rows' files lie; AdapterError that names all which are missing."""
-    paths = {row.name: lora_path(row.name) for row in rows}
-    missing = dict.fromkeys(f"{row.name} ({row.place})" for row in rows if paths[row.name] is None)
-    if missing:
+def _more_rows(text: str) -> list[dict[str, Any]]:
+    """From JSON, a list of objects: ``lora``, and what is not as usual of ``on``, ``strength``, ``strength_clip``."""
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError):
+        rows = None
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        example = '[{"lora": "style.safetensors", "strength": 0.8}]'
+        raise AdapterError(f"{MORE_ROWS} cannot be read ({text[:60]}): write it as JSON, like {example}")
+    return rows
+
+
+def _is_row(given: Any) -> bool:
+    if not isinstance(given, dict) or not isinstance(given.get("lora"), str):
+        return False
+    numbers = [given[key] for key in ("strength", "strength_clip") if key in given]
+    return all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+
+
+def _clip_strengths(text: str) -> dict[int, float]:
+    """By row, from ``1 = 0.5, 3 = 0``; AdapterError if it cannot be read."""
+    strengths = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        row, _, strength = part.partition("=")
+        try:
+            strengths[int(row)] = float(strength)
+        except ValueError:
+            raise AdapterError(
+                f"a strength for CLIP cannot be read ({part[:60]}): write it like 1 = 0.5, the row and its strength"
+            ) from None
+    return strengths
+
+
+def _found(rows: Sequence[Row], skips: bool = False) -> tuple[dict[str, tuple[Found, str]], list[str]]:
+    """The rows' files and where they lie, and those that are missing, with their rows.
+
+    Raises:
+        AdapterError: files are missing, and these are not skipped; it names all.
+    """
+    files = {row.name: lora_file(row.name) for row in rows}
+    gone = [row for row in rows if files[row.name].path is None]
+    missing = list(dict.fromkeys(f"{row.name} ({row.place}{_offer(files[row.name])})" for row in gone))
+    if missing and not skips:
         raise AdapterError(
-            f"not in models/loras: {', '.join(missing)}: put the file there, choose another one, or switch its row off"
+            f"put {'the file' if len(missing) == 1 else 'these files'} into {HOME}, choose another one, or switch the "
+            f"row off: {', '.join(missing)}"
         )
-    return {name: path for name, path in paths.items() if path is not None}
+    return {name: (file, file.path) for name, file in files.items() if file.path is not None}, missing
+
+
+def _offer(file: Found) -> str:
+    return f", there is {' and '.join(file.others[:OFFERED])}" if file.others else ""

@@ -10,27 +10,41 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import logging
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..kernels import AdapterError, GraftError, scratch
-from ..ops import kinds
+from ..kernels import AdapterError, GraftError, plain, scratch
+from ..ops import int8, kinds
 from ..ops.adapters import Adapter, Patch, Region, from_host, is_the_hosts_own
+from ..ops.calls import calls_on
+from ..ops.factors import FactorCache, StackFactors
+from ..ops.files.gguf import GGUFFile
+from ..ops.files.mapped import MappedFile
 from ..ops.kinds import Padded
 from ..ops.layers import PackedLayer, packed_layers
+from ..ops.merged import MergedTensor
 from ..ops.packed import PackedTensor
+from ..ops.places import Architecture, architecture_of
 from ..ops.report import examples
-from ..ops.residual import FactorCache, ResidualStack, StackFactors
+from ..ops.residual import ResidualStack, unfit
+from ..ops.strengths import Call, Strength
+from ..ops.training import Training
+from .calls import calc_cond_batch_told, call_of
 from .ops import HostLayer, plain_key
 
 log = logging.getLogger(__name__)
@@ -42,6 +56,15 @@ _ORPHAN = (
 KEY = "graft"
 """Under which our wrapper stands with the host."""
 
+COMPILED = "torch.compile"
+"""Under which the host's stands that runs compiled parts of a model."""
+
+
+def _notes(file: GGUFFile) -> dict[str, str]:
+    """The texts of a file's metadata, cut, without those of a tokenizer, which are not for people."""
+    found = {key: text for key, text in file.metadata.texts().items() if not key.startswith("tokenizer.")}
+    return {plain(key[:80]): plain(text[:200]) for key, text in itertools.islice(found.items(), 64)}
+
 
 class Graft:
     """What all clones of one loaded model share: its layers and the factors that are in memory.
@@ -50,32 +73,47 @@ class Graft:
         layers: every Graft layer by path, e.g. ``diffusion_model.double_blocks.0.img_attn.qkv``.
         sources: the memory-mapped data of each layer, to go back to when the model leaves the GPU.
         summary: one line on the file, for reports.
-        loaded: the branch that the host loaded last, or None.
-        encoding: whether a call of this model as a text encoder is under way.
+        notes: what the files say of themselves, beginnings of their texts.
+        files: those that are mapped, to see before a run whether one was written to.
     """
 
-    encoding = False
-
-    def __init__(self, model: torch.nn.Module, summary: str = "", backend: str = "auto") -> None:
+    def __init__(
+        self, model: torch.nn.Module, summary: str = "", backend: str = "auto", files: Sequence[GGUFFile] = ()
+    ) -> None:
         layers = packed_layers(model)
         for layer in layers.values():
             layer.backend = backend
         sources = {name: layer.weight.data for name, layer in layers.items() if layer.weight is not None}
-        self._own(layers, sources, summary)
+        # not the files themselves, whose maps would stay for tensors that nobody needs
+        notes = {key: text for file in files for key, text in _notes(file).items()}
+        self._own(layers, sources, summary, [file.mapped for file in files if file.mapped is not None], notes)
 
     def __deepcopy__(self, memo: dict) -> Graft:
         """That of a copy of the model: with its layers and the same file, and no factors yet."""
         copied = memo[id(self)] = Graft.__new__(Graft)
-        copied._own(copy.deepcopy(self.layers, memo), self.sources, self.summary)
+        copied._own(copy.deepcopy(self.layers, memo), self.sources, self.summary, self.files, self.notes)
         return copied
 
-    def _own(self, layers: dict[str, PackedLayer], sources: dict[str, torch.Tensor], summary: str) -> None:
-        self.layers, self.sources, self.summary = layers, sources, summary
-        self.factors = FactorCache()
-        self.loaded: Callable[[], GraftPatcher | None] = lambda: None
+    def _own(
+        self, layers: dict[str, PackedLayer], sources: dict[str, torch.Tensor], summary: str, files: list[MappedFile],
+        notes: dict[str, str],
+    ) -> None:  # fmt: skip
+        self.layers, self.sources, self.summary, self.files, self.notes = layers, sources, summary, files, notes
+        self.factors = FactorCache(busy=_host_is_at_its_models)
+        self.calls = calls_on(layers)
+        self._loaded: Callable[[], GraftPatcher | None] = lambda: None
+        self._loaded_here = threading.local()
         self.take_layers()
         # what weights were decoded into goes with the model; another one takes memory anew in its next step
         weakref.finalize(self, scratch.release)
+
+    @functools.cached_property
+    def architecture(self) -> Architecture | None:
+        """Where the model's tokens are, if that is known."""
+        try:
+            return architecture_of(self.layers)
+        except AdapterError:
+            return None
 
     def take_layers(self) -> None:
         """Tell every layer whose it is; a copy of the model still names the original's owner."""
@@ -84,21 +122,43 @@ class Graft:
                 # weak, so that a model that nobody needs goes at once
                 layer.path, layer.owner = name, weakref.ref(self)
 
+    def is_loaded(self, patcher: GraftPatcher) -> None:
+        """Note that the host has just loaded this branch."""
+        self._loaded = self._loaded_here.last = weakref.ref(patcher)
+
+    def loaded(self) -> GraftPatcher | None:
+        """The branch that the host loaded last, in this thread if it loads any here; None once it is gone."""
+        return getattr(self._loaded_here, "last", self._loaded)()
+
+    @contextmanager
+    def outside(self, layer: HostLayer, device: torch.device) -> Iterator[None]:
+        """Run one layer that the host calls outside of a model call: with the adapters of the branch that is loaded."""
+        patcher = self.loaded()
+        stack = None if patcher is None else patcher.active_stack()
+        if not stack or patcher.model.graft is not self:
+            yield
+            return
+        call = Call(architecture=self.architecture) if stack.varies else None
+        with patcher.grafted(device, {layer.path: layer}, call):
+            yield
+
     def layer_of(self, key: str) -> PackedLayer | None:
         """The layer that parameter `key` belongs to, if it is one of ours."""
         path, _, parameter = plain_key(key).rpartition(".")
         return self.layers.get(path) if parameter in ("weight", "bias") else None
 
-    def shown(self, key: str) -> torch.Tensor:
+    def shown(self, key: str, to_keep: bool) -> torch.Tensor:
         """A parameter of one of our layers as a loaded model of the host's would hold it.
 
-        With an adapter beside it that is the merged weight, in memory of its own.
+        Args:
+            to_keep: by what reads it again and again: what adapters make of it is merged now, in memory of its own.
         """
         layer, patcher = self.layer_of(key), self.loaded()
         assert layer is not None
-        if patcher is not None and patcher.residuals.patches.get(key):
-            return patcher.merged(key, layer).to(patcher.compute_dtype())
-        return layer.packed_weight() if key.endswith(".weight") else layer.bias.detach()
+        shown = _plain(key, layer) if patcher is None else patcher.shown(key, layer)
+        if patcher is not None and to_keep and isinstance(shown, MergedTensor):
+            return shown.dequantize(patcher.compute_dtype())
+        return shown
 
     def return_to_file(self) -> None:
         """Let go of copies, on a device or in memory, and show the memory map again: nothing is copied back."""
@@ -109,6 +169,19 @@ class Graft:
                 layer.weight = torch.nn.Parameter(source, requires_grad=False)
 
 
+def _host_is_at_its_models() -> bool:
+    """Whether the host loads or unloads models: it walks its list of them, and a model that dies takes itself off it.
+
+    A weight of another model's may die there, and with it the factors that were made of it.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == comfy.model_management.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class GraftPatcher(comfy.model_patcher.ModelPatcher):
     """Mixed into the host's patcher class by `adopt`; never instantiated by itself."""
 
@@ -116,7 +189,8 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
     hook_residuals: dict[Any, ResidualStack]
     rejected: dict[str, str]
     hooked: dict[tuple, ResidualStack]
-    shows_merged = True
+    training: Training | None = None
+    """What learns beside the layers, on this branch and its clones."""
 
     @property
     def graft(self) -> Graft:
@@ -129,23 +203,37 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
     def __deepcopy__(self, memo: dict) -> GraftPatcher:
         """A patcher with a model of its own, as the host's own are copied, and the same LoRAs."""
         copied = memo[id(self)] = type(self).__new__(type(self))
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        # without the second model that dynamic VRAM keeps for scheduled LoRAs: the host makes one where it needs it
+        vars(copied).update(copy.deepcopy(vars(self) | {"non_dynamic_delegate_model": None}, memo))
         return adopt(copied, copied)
 
-    def add_patches(self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+    def add_patches(
+        self, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0, when: Strength | None = None,
+        source: str = "",
+    ) -> list:  # fmt: skip
         """Take patches of packed layers as residuals, and hand the host the others.
+
+        Args:
+            when: where and when `strength_patch` counts, which no host's own patches can have.
+            source: the file that they come from, for reports.
 
         Returns:
             the keys that were taken, as the host's own method does; what it misses, nodes report.
         """
+        self.rejected |= getattr(patches, "rejected", {})
         ours, theirs = self._sort(patches)
+        if when is not None and theirs:
+            why = "ComfyUI patches it, with one strength for all of the picture"
+            self.rejected |= {str(key): why for key in theirs}
+            theirs = {}
         taken = super().add_patches(theirs, strength_patch, strength_model) if theirs else []
-        return taken + self._add(self.residuals, ours, strength_patch, strength_model)
+        return taken + self._add(self.residuals, ours, strength_patch, strength_model, when, source)
 
     def add_hook_patches(
         self, hook: Any, patches: Mapping, strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list:
         """The same for scheduled and masked LoRAs; a hook's strength is applied when it is active."""
+        self.rejected |= getattr(patches, "rejected", {})
         ours, theirs = self._sort(patches)
         taken = super().add_hook_patches(hook, theirs, strength_patch, strength_model)
         stack = self.hook_residuals.setdefault(hook.hook_ref, ResidualStack(merge=self.residuals.merge))
@@ -162,8 +250,8 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             parameters = function.parameters() if isinstance(function, torch.nn.Module) else ()
             if any(parameter.shape == layer.weight.shape for parameter in parameters):
                 raise GraftError(
-                    f"Train LoRA cannot make factors for {name}, which is quantized: train on this model as "
-                    "safetensors, the LoRA runs on the GGUF"
+                    f"Train LoRA cannot make factors for {name}, which is quantized: use Train LoRA (Graft), which "
+                    "trains on quantized models"
                 )
         super().add_weight_wrapper(name, function)
 
@@ -175,7 +263,12 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             (theirs if self.graft.layer_of(name) is None else ours)[key] = value
         return ours, theirs
 
-    def _add(self, stack: ResidualStack, patches: Mapping, strength: float, strength_model: float) -> list:
+    def _add(
+        self, stack: ResidualStack, patches: Mapping, strength: float, strength_model: float,
+        when: Strength | None = None, source: str = "",
+    ) -> list:  # fmt: skip
+        if when is not None and when.mask is not None:
+            architecture_of(self.graft.layers)  # or the mask is refused now, and not while sampling
         taken: list = []
         rejected: dict[str, str] = {}
         for key, value in patches.items():
@@ -185,11 +278,14 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             assert layer is not None
             try:
                 adapter = self._adapter(stack, name, layer, value, region, function)
+                origin = (strength, value, strength_model, offset, function)
+                patch = Patch(strength, adapter, strength_model, region, None, origin, when, source)
+                if why := unfit(patch, layer):
+                    raise AdapterError(why)
             except AdapterError as error:
                 rejected[name] = str(error)
                 continue
-            origin = (strength, value, strength_model, offset, function)
-            stack.add(name, Patch(strength, adapter, strength_model, region, None, origin))
+            stack.add(name, patch)
             taken.append(key)
             if isinstance(adapter, Padded) and hasattr(self.model, "concat_cond"):
                 # not a closure: of a partial a deep copy takes the copied model
@@ -228,18 +324,22 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
     def build_residuals(self, stack: ResidualStack | None = None, keep: bool = True) -> StackFactors:
         """Concatenate the factors of `stack`, or of this branch, or find them where an earlier build left them."""
         stack = self.residuals if stack is None else stack
-        return stack.build(self.graft.layers, self.graft.factors, self.compute_dtype(), keep)
+        with self.graft.calls.lock:
+            return stack.build(self.graft.layers, self.graft.factors, self.compute_dtype(), keep)
 
     def _hosts_of(self, built: Sequence[StackFactors]) -> list:
         """The host's patchers for these factors, each of which is in one of them."""
-        for factors in built:
-            self.graft.factors.sets(factors)
-        # only now: the sets of one stack may have been divided by the next
-        found = dict.fromkeys(part for factors in built for part in self.graft.factors.sets(factors))
-        for part in found:
-            if part.host is None:
-                part.host = _factors_patcher(part.module, self.load_device, self.offload_device)
-        return [part.host for part in found]
+        with self.graft.calls.lock:
+            for factors in built:
+                self.graft.factors.sets(factors)
+            # only now: the sets of one stack may have been divided by the next
+            found = dict.fromkeys(part for factors in built for part in self.graft.factors.sets(factors))
+            for part in found:
+                if part.host is not None and part.host.load_device != self.load_device:
+                    part.leave_host()  # that of a branch by which a node had this model run elsewhere
+                if part.host is None:
+                    part.host = _factors_patcher(part.module, self.load_device, self.offload_device)
+            return [part.host for part in found]
 
     def compute_dtype(self) -> torch.dtype:
         """As this branch has it: on the model another branch's choice may still stand."""
@@ -263,29 +363,71 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             self.hooked[state] = combined
         return self.hooked[state]
 
+    def is_compiled(self) -> bool:
+        """Whether `torch.compile` runs the model or parts of it: by the host's wrapper, or as a node put them there."""
+        by_host = COMPILED in self.wrappers.get(WrappersMP.APPLY_MODEL, {})
+        return by_host or any(hasattr(patch, "_orig_mod") for patch in self.object_patches.values())
+
+    def call_of(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Call | None:
+        """What a call of the model tells strengths; None where all of them are constants."""
+        if not self.active_stack().varies:
+            return None
+        return call_of(self.model, self.graft.architecture, x, *args, **kwargs)
+
     def restore_hook_patches(self) -> None:
-        """After sampling the host forgets the hooks that it registered for it; so do we."""
+        """After sampling the host forgets the hooks that it registered for it; so do we, on all devices."""
         super().restore_hook_patches()
-        self.hook_residuals = {ref: s for ref, s in self.hook_residuals.items() if ref in self.hook_patches}
-        self.hooked = {}
+        for patcher in (self, *self.additional_models.get("multigpu", ())):
+            stacks = patcher.hook_residuals.items()
+            patcher.hook_residuals = {ref: stack for ref, stack in stacks if ref in self.hook_patches}
+            patcher.hooked = {}
 
     @contextmanager
-    def grafted(self, device: torch.device) -> Iterator[None]:
-        """Run the model with this branch's adapters on `device`, and with no other's."""
-        stack = self.active_stack()
-        if stack is self.residuals:
-            if stack:
-                self.build_residuals()
-        else:
-            # the host has loaded those of each hook, but not what only their sum needs, until the sampling is over
-            self.build_residuals(stack, keep=False).to(device)
-        with stack.active(self.graft.layers, device):
-            yield
+    def grafted(
+        self, device: torch.device, layers: Mapping[str, PackedLayer] | None = None, call: Call | None = None
+    ) -> Iterator[None]:
+        """Run the model, or these of its `layers`, with this branch's adapters on `device`, and with no other's.
+
+        `call` tells their strengths where and when.
+        """
+        with self.graft.calls.lock:
+            stack = self.active_stack()
+            if stack is self.residuals:
+                if stack:
+                    self.build_residuals()
+            else:
+                # the host has loaded those of each hook, but not what only their sum needs, until the sampling is over
+                self.build_residuals(stack, keep=False).to(device)
+            layers = self.graft.layers if layers is None else layers
+            with stack.active(layers, device, call):
+                if self.training is None:
+                    yield
+                else:
+                    with self.training.beside(layers):
+                        yield
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
-        self.graft.loaded = weakref.ref(self)
+        for file in self.graft.files:
+            file.check()
+        self.graft.is_loaded(self)
         self.graft.take_layers()
         return super().partially_load(*args, **kwargs)
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        """Under dynamic VRAM the host patches a weight when its layer is called: none that it reads or never casts."""
+        dynamic = hasattr(self, "is_dynamic") and self.is_dynamic()
+        if dynamic:
+            for key, held in self.backup.items():
+                comfy.utils.set_attr_param(self.model, key, held.weight)
+        super().load(*args, **kwargs)
+        for key in self.patches if dynamic else ():
+            path, _, parameter = key.rpartition(".")
+            module, held = comfy.utils.get_attr(self.model, path), self.backup.get(key)
+            if hasattr(module, "is_read") or (held is not None and not hasattr(module, "comfy_cast_weights")):
+                if held is not None:
+                    comfy.utils.set_attr_param(self.model, key, held.weight)
+                setattr(module, f"{parameter}_lowvram_function", None)
+                super().patch_weight_to_device(key, device_to=self.load_device)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights and device_to is not None and comfy.model_management.is_device_cpu(device_to):
@@ -296,11 +438,9 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
         """What merge nodes read: weights that look and behave like weights, with the residuals behind them."""
-        self.shows_merged = False
-        try:
-            found = super().get_key_patches(filter_prefix)
-        finally:
-            self.shows_merged = True
+        if filter_prefix is not None:  # without one hosts ask for the weights behind hooks while they sample
+            self._refuse_varying()
+        found = super().get_key_patches(filter_prefix)
         for key in found:
             layer = self.graft.layer_of(key)
             if layer is not None:
@@ -311,34 +451,54 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         """A parameter's weight and the patches for it; merged already if the host would merge one of them wrongly."""
         patches = self.residuals.patches.get(key, ())
         if not all(is_the_hosts_own(p.adapter, p.origin[1]) for p in patches if p.origin is not None):
-            return [(self.merged(key, layer), _as_it_is)]
-        weight = layer.packed_weight() if key.endswith(".weight") else layer.bias
-        return [(weight, _as_it_is), *(p.origin for p in patches if p.origin is not None)]
+            return [(self.shown(key, layer), _as_it_is)]
+        return [(_plain(key, layer), _as_it_is), *(p.origin for p in patches if p.origin is not None)]
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict:
-        """Weights as a loaded model of the host's would show them: patched."""
+        """Weights as a loaded model of the host's would show them: patched, once they are read."""
         state = super().model_state_dict(filter_prefix)
         return {key: self._shown(key, value) for key, value in state.items()}
 
     def _shown(self, key: str, value: torch.Tensor) -> torch.Tensor:
         layer = self.graft.layer_of(key)
-        if layer is None:
-            return value
-        if self.shows_merged and self.residuals.patches.get(key):
-            return self.merged(key, layer)
-        return layer.packed_weight() if key.endswith(".weight") else value
+        return value if layer is None else self.shown(key, layer)
 
-    def merged(self, key: str, layer: PackedLayer) -> torch.Tensor:
-        """A layer's weight or bias with the residuals of this branch in it, fp32, in memory of its own."""
+    def shown(self, key: str, layer: PackedLayer) -> torch.Tensor:
+        """A layer's weight or bias with the residuals of this branch in it, merged where somebody reads it."""
+        plain, patches = _plain(key, layer), tuple(self.residuals.patches.get(key, ()))
+        if not patches:
+            return plain
+        widened = [p.adapter.shape for p in patches if isinstance(p.adapter, Padded)]
+        read = functools.partial(self.merged, key, layer, patches)
+        return MergedTensor(read, (widened or [plain.shape])[-1], plain)
+
+    def merged(self, key: str, layer: PackedLayer, patches: Sequence[Patch] | None = None) -> torch.Tensor:
+        """A layer's weight or bias with these patches, or those of this branch, in it: fp32, in memory of its own."""
         weight = layer.dequantized() if key.endswith(".weight") else layer.bias.float().clone()
-        return kinds.merge(weight, self.residuals.patches.get(key, ()), lambda patch, w: merge(self, [patch], w, key))
+        patches = self.residuals.patches.get(key, ()) if patches is None else patches
+        return kinds.merge(weight, patches, lambda patch, w: merge(self, [patch], w, key))
+
+    def model_size(self) -> int:
+        """Bytes that the host has to move; older ones would count the weights that the state dict shows."""
+        if not self.size:
+            self.size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        return self.size
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
-        """Nodes that extract LoRAs ask here for a patched weight."""
+        """Nodes that extract LoRAs ask here for a patched weight; hosts with dynamic VRAM move small layers by it."""
         layer = self.graft.layer_of(key)
         if layer is not None and kwargs.get("return_weight"):
             return self.merged(key, layer)
+        if layer is not None and kwargs.get("force_cast") and key not in self.patches:
+            return self._move(key, kwargs["device_to"])
         return super().patch_weight_to_device(key, *args, **kwargs)
+
+    def _move(self, key: str, device: torch.device) -> None:
+        """Put a copy of a parameter as it is, a packed one's bytes, on `device`; the host brings the original back."""
+        held = comfy.utils.get_attr(self.model, key)
+        self.backup.setdefault(key, _Held(held))
+        moved = comfy.model_management.cast_to_device(held, device, None, copy=True)
+        comfy.utils.set_attr_param(self.model, key, moved)
 
     def merged_state_dict(
         self, dtype: torch.dtype = torch.float16, prefix: str = "diffusion_model."
@@ -347,9 +507,32 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
 
         Returns:
             tensors by their names behind `prefix`; packed ones in `dtype`, others as they are.
+
+        Raises:
+            GraftError: a LoRA on it has no single strength.
         """
+        self._refuse_varying()
         held = {k: v for k, v in self.model.state_dict().items() if k.startswith(prefix)}
         return {plain_key(key.removeprefix(prefix)): self._saved(key, value, dtype) for key, value in held.items()}
+
+    def _refuse_varying(self) -> None:
+        """Weights would have it at full strength, everywhere and in all steps, and nobody would know."""
+        if self.residuals.varies:
+            raise GraftError(
+                "a LoRA by region, step, prompt or block cannot be merged or saved in a model: take it off, or put it "
+                "on behind this node"
+            )
+
+    def weights_to_save(self, prefix: str = "diffusion_model.") -> dict[str, torch.Tensor]:
+        """The weights of a part of the model, by their names behind `prefix`; merged, as fp32, when they are read."""
+        held = {k: v for k, v in self.model.state_dict().items() if k.startswith(prefix) and v is not None}
+        found = {}
+        for key, value in held.items():
+            layer = self.graft.layer_of(key)
+            found[plain_key(key.removeprefix(prefix))] = (
+                self._hosts_own(key, value) if layer is None else self.shown(key, layer)
+            )
+        return found
 
     def _saved(self, key: str, value: Any, dtype: torch.dtype) -> Any:
         layer = self.graft.layer_of(key)
@@ -357,10 +540,11 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
             return None
         if layer is None:
             return self._hosts_own(key, value)
-        decoded = key.endswith(".weight") and layer.fmt is not None and layer.fmt.is_quantized
+        plain = _plain(key, layer)
+        decoded = isinstance(plain, PackedTensor)
         if decoded or self.residuals.patches.get(key):
-            return self.merged(key, layer).to(dtype if decoded else value.dtype)
-        return value
+            return self.merged(key, layer).to(dtype if decoded else plain.dtype)
+        return plain
 
     def _hosts_own(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """A parameter outside of our layers, with the patches that the host may not have written into it yet."""
@@ -379,6 +563,13 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         return self.model.state_dict_for_saving(
             self.merged_state_dict(), clip_state_dict, vae_state_dict, clip_vision_state_dict
         )
+
+
+class _Held(NamedTuple):
+    """What the host finds in `backup`."""
+
+    weight: torch.nn.Parameter
+    inplace_update: bool = False
 
 
 class _WholePatcher(comfy.model_patcher.ModelPatcher):
@@ -406,6 +597,16 @@ def _concat_cond(model: torch.nn.Module, layer: PackedLayer, shape: tuple[int, .
         return type(model).concat_cond(model, **kwargs)
     finally:
         layer.weight = held
+
+
+def _plain(key: str, layer: PackedLayer) -> torch.Tensor:
+    """A layer's weight or bias as the file has it."""
+    return layer.packed_weight() if key.endswith(".weight") else layer.bias.detach()
+
+
+def runs_bypassed(model: Any) -> bool:
+    """Whether the host's Load LoRA (Bypass) is on a model: it hangs on the layers, and is in no patch."""
+    return "bypass_lora" in getattr(model, "injections", {})
 
 
 def _as_it_is(weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -437,7 +638,7 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher, parent: GraftPatcher | None
     else:
         patcher.residuals = parent.residuals.copy()
         patcher.hook_residuals = {ref: stack.copy() for ref, stack in parent.hook_residuals.items()}
-        patcher.rejected = dict(parent.rejected)
+        patcher.rejected, patcher.training = dict(parent.rejected), parent.training
     # both point back at their own patcher, so they are bound anew for every clone
     reference = weakref.ref(patcher)
     patcher.residuals.merge = _merge_of(reference)
@@ -445,6 +646,8 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher, parent: GraftPatcher | None
         stack.merge = patcher.residuals.merge
     patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model_with(reference))
+    patcher.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
+    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch_with(reference))
     return patcher
 
 
@@ -460,13 +663,36 @@ def _merge_of(reference: Callable[[], GraftPatcher | None]) -> Callable:
 
 def _apply_model_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
     def apply_model_grafted(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        patcher = reference()
-        if patcher is None:
-            raise GraftError(_ORPHAN)
-        with patcher.grafted(x.device):
+        patcher = _caller(executor.class_obj, reference())
+        if patcher.is_compiled():
+            int8.prepare(patcher.graft.layers, x.device)
+        with patcher.grafted(x.device, call=patcher.call_of(x, *args, **kwargs)):
             return executor(x, *args, **kwargs)
 
     return apply_model_grafted
+
+
+def _calc_cond_batch_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
+    def calc_cond_batch_grafted(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        patcher = reference()
+        # nothing more in what models get and compilers look at, where no strength asks for it
+        if patcher is None or not patcher.residuals.varies:
+            return executor(*args, **kwargs)
+        return calc_cond_batch_told(executor, *args, **kwargs)
+
+    return calc_cond_batch_grafted
+
+
+def _caller(model: Any, owner: GraftPatcher | None) -> GraftPatcher:
+    """Whose call of `model` this is; for several devices a host calls all models by the wrappers of one `owner`.
+
+    Raises:
+        GraftError: the model's own patcher is gone.
+    """
+    for patcher in (owner, model.current_patcher):
+        if isinstance(patcher, GraftPatcher) and patcher.model is model:
+            return patcher
+    raise GraftError(_ORPHAN)
 
 
 class _Savable:
@@ -492,4 +718,4 @@ def make_savable(model: torch.nn.Module) -> None:
         model.__class__ = type(base.__name__, (_Savable, base), {})
 
 
-__all__ = ["Graft", "GraftPatcher", "PackedTensor", "adopt", "make_savable"]
+__all__ = ["Graft", "GraftPatcher", "PackedTensor", "adopt", "make_savable", "runs_bypassed"]

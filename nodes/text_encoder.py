@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -19,10 +19,16 @@ import torch
 
 from .. import kernels
 from ..kernels import CorruptFile, GraftError, UnsupportedFormat
-from ..ops.gguf_file import PROJECTOR, GGUFFile, describe, open_gguf, other_kind
+from ..ops.files.contents import CONNECTORS, PROJECTOR, other_kind
+from ..ops.files.gguf import GGUFFile, describe, open_gguf
+from ..ops.files.projectors import PROJECTORS, fits, projector_beside, projector_files
+from ..ops.files.scales import weights_of
+from ..ops.files.text_encoders import architecture_of, check_text_encoder, is_t5, is_umt5, text_encoder_tensors
 from ..ops.layers import EmbeddingMath, LinearMath, packed_layers, unpack_leftovers
-from ..ops.text_encoders import check_text_encoder, projector_beside, projector_files, text_encoder_tensors
+from ..ops.questions import answer_questions
 from . import node
+from .host_errors import Asked, is_about_files, refusal
+from .model_files import Found, all_present, find, listed
 from .ops import HostLayer, TextEncoderOps
 from .patcher import Graft, adopt
 
@@ -36,10 +42,23 @@ ALL_FILES = "text_encoders"
 
 NONE = "None"
 FILES = 4
-REMEDY = "put it into models/text_encoders, or choose another file"
+HOME = "the text_encoders folder"
 DEVICES = ("default", "cpu")
-READ = ("position_embedding", "position_embeddings", "token_type_embeddings")
-"""Small tables whose weight the host adds as a whole: those of CLIP, of SigLIP in Gemma 3, of BERT."""
+
+_QWEN3VL_MARK = "model.visual.deepstack_merger_list.0.norm.weight"
+_QWEN3VL_OUTPUT = "model.visual.merger.linear_fc2.weight"
+"""By whose rows a host tells its sizes apart."""
+
+_READ_UMT5 = ("wan", "ace")
+
+_OF_ONE_MODEL = {
+    "wan": ("wan",), "sd3": ("sd3_clip",), "pixart": ("pixart_t5",), "chroma": ("pixart_t5",),
+    "cogvideox": ("cogvideo",), "hidream": ("hidream",), "hunyuan_image": ("hunyuan_image",),
+    "longcat_image": ("longcat_image",), "pixeldit": ("pixeldit",), "boogu": ("boogu",), "krea2": ("krea2",),
+    "joyimage": ("joyimage",), "ideogram4": ("ideogram4", "qwen3vl"),
+}  # fmt: skip
+"""Types by which the host chooses between models that read with the same text encoder, and in which of its modules the
+right ones are. To other types it pays no attention, or people use them for several models, as templates do."""
 
 # beside fp8 weights, as the host called them and calls them now
 _SCALES = ("scale_weight", "weight_scale")
@@ -48,12 +67,12 @@ _FP8_SETTINGS = ("comfy_quant", "scaled_fp8", "scale_input", "input_scale")
 
 def encoder_files() -> list[str]:
     """What the loader lists: GGUF files first."""
-    return node.files(FOLDER, ALL_FILES)
+    return listed(FOLDER, ALL_FILES)
 
 
-def encoder_path(name: str) -> str | None:
-    """Where a listed file lies, or None if it is gone."""
-    return node.file_path(name, FOLDER, ALL_FILES)
+def encoder_file(name: str) -> Found:
+    """The file that a workflow calls so."""
+    return find(name, FOLDER, ALL_FILES)
 
 
 def types() -> list[str]:
@@ -86,38 +105,70 @@ def load_text_encoders(
         raise UnsupportedFormat(f"this ComfyUI has no type {kind} of text encoders: choose one of {', '.join(known)}")
     lines: list[str] = []
     unreadable: list[GraftError] = []
-    states = _read(paths, lines, unreadable)
-    options: dict[str, Any] = {
+    files: list[GGUFFile] = []
+    states = _read(paths, lines, unreadable, files)
+    if kind == "wan" and any(is_t5(state) and not is_umt5(state) for state in states):
+        names = ", ".join(map(os.path.basename, paths))
+        raise UnsupportedFormat(
+            f"Wan reads with a UMT5, and this text encoder is another T5: choose a umt5_xxl ({names})"
+        )
+    options = encoder_options()
+    load_device = comfy.model_management.text_encoder_device()
+    if device == "cpu":
+        load_device = options["load_device"] = options["offload_device"] = torch.device("cpu")
+    choice = kernels.choose(torch.device(load_device), None, backend)
+    try:
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            states,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            # the host's own nodes list types, such as sdxl, that are no CLIPType
+            clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+            model_options=options,
+            **({"disable_dynamic": True} if disable_dynamic else {}),
+        )
+    except Exception as error:
+        if not is_about_files(error):
+            raise
+        raise refusal(error, Asked({}), ", ".join(paths)) from error
+    model = clip.cond_stage_model
+    _check_type(model, states, kind, paths)
+    _check_files(model, kind, paths)
+    again = (_load_patcher, (tuple(paths), kind, device, backend))
+    return as_graft(clip, "\n".join([*lines, str(choice)]), backend, files, again, unreadable)
+
+
+def encoder_options() -> dict[str, Any]:
+    """What the host is to build text encoders from."""
+    return {
         "custom_operations": TextEncoderOps,
         "initial_device": comfy.model_management.text_encoder_offload_device(),
         # of what is no layer of ours: norms, which files hold in fp32 and hosts would round to fp16
         "dtype": torch.float32,
     }
-    load_device = comfy.model_management.text_encoder_device()
-    if device == "cpu":
-        load_device = options["load_device"] = options["offload_device"] = torch.device("cpu")
-    choice = kernels.choose(torch.device(load_device), None, backend)
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        states,
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        # the host's own nodes list types, such as sdxl, that are no CLIPType
-        clip_type=getattr(comfy.sd.CLIPType, kind.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
-        model_options=options,
-        **({"disable_dynamic": True} if disable_dynamic else {}),
-    )
+
+
+def as_graft(
+    clip: Any, summary: str, backend: str, files: list[GGUFFile], again: tuple, unreadable: Sequence[GraftError] = ()
+) -> GraftCLIP:
+    """The host's CLIP, built from our layers, with LoRAs beside them.
+
+    Args:
+        summary: what is said of it.
+        again: the function by which the host makes another copy of its patcher, and its arguments.
+        unreadable: what is wrong with files that may be projectors.
+    """
     clip.__class__ = GraftCLIP
     model = clip.cond_stage_model
     unpack_leftovers(model)
     _decode_heads(model)
-    _check_files(model, kind, paths)
     _complete(model, unreadable)
-    _decode_tables(model)
-    model.graft = Graft(model, "\n".join([*lines, str(choice)]), backend)
+    answer_questions(model, lambda layer: torch.float32)
+    model.graft = Graft(model, summary, backend, files)
     for module in model.modules():
         if hasattr(module, "encode_token_weights"):
             # not kept for the next: the host makes some of these classes anew for each model
             module.__class__ = type(type(module).__name__, (_Encoder, type(module)), {})
-    clip.patcher.cached_patcher_init = (_load_patcher, (tuple(paths), kind, device, backend))
+    clip.patcher.cached_patcher_init = again
     adopt(clip.patcher)
     return clip
 
@@ -126,24 +177,34 @@ def _load_patcher(*args: Any, **kwargs: Any) -> Any:
     return load_text_encoders(*args, **kwargs).patcher
 
 
-def _read(paths: Sequence[str], lines: list[str], unreadable: list[GraftError]) -> list[dict[str, torch.Tensor]]:
+def _read(
+    paths: Sequence[str], lines: list[str], unreadable: list[GraftError], files: list[GGUFFile]
+) -> list[dict[str, torch.Tensor]]:
     """A state dict of each text encoder, and of each file a line for the report.
 
     Args:
         unreadable: takes what is wrong with files beside them that may be their projectors.
+        files: takes the GGUF files that the tensors lie in.
     """
     gguf = {path: open_gguf(path) for path in paths if path.lower().endswith(".gguf")}
-    projectors = [file for file in gguf.values() if other_kind(file) is PROJECTOR]
+    kinds = {path: other_kind(file) for path, file in gguf.items()}
+    projectors = [file for path, file in gguf.items() if kinds[path] is PROJECTOR]
     states, used = [], []
-    for path in paths:
+    # of two files hosts take the tokenizer of the first one, which is the text encoder
+    for path in sorted(paths, key=lambda path: kinds.get(path) is CONNECTORS):
         name = os.path.basename(path)
-        if path not in gguf:
+        if kinds.get(path) is CONNECTORS:
+            states.append(weights_of(gguf[path].tensors, gguf[path]))
+            files.append(gguf[path])
+            lines.append(f"{name}: {describe(gguf[path])}")
+        elif path not in gguf:
             states.append(_without_fp8(comfy.utils.load_torch_file(path, safe_load=True), path))
             lines.append(name)
         elif gguf[path] not in projectors:
-            projector = _projector_for(gguf[path], projectors, unreadable)
-            states.append(text_encoder_tensors(gguf[path], projector))
+            state, projector = _with_projector(gguf[path], projectors, unreadable)
+            states.append(state)
             used.append(projector)
+            files += [gguf[path]] if projector is None else [gguf[path], projector]
             seeing = "" if projector is None else f" · sees with {projector.path.name}"
             lines.append(f"{name}: {describe(gguf[path])}{seeing}")
     unused = [file.path.name for file in projectors if file not in used]
@@ -154,10 +215,55 @@ def _read(paths: Sequence[str], lines: list[str], unreadable: list[GraftError]) 
     return states
 
 
-def _projector_for(file: GGUFFile, chosen: list[GGUFFile], unreadable: list[GraftError]) -> GGUFFile | None:
-    if file.architecture != "qwen2vl":
-        return None
-    return chosen[0] if chosen else projector_beside(file, unreadable)
+def _with_projector(
+    file: GGUFFile, chosen: list[GGUFFile], unreadable: list[GraftError]
+) -> tuple[dict[str, torch.Tensor], GGUFFile | None]:
+    """A text encoder's state dict, and the projector that is in it, if any.
+
+    One that was only found beside it and is damaged must not stop a good text encoder.
+    """
+    check_text_encoder(file)
+    architecture = architecture_of(file)
+    if architecture not in PROJECTORS:
+        return text_encoder_tensors(file), None
+    own = next((projector for projector in chosen if fits(projector, file, architecture)), None)
+    if own is not None:
+        return _Marked.of(text_encoder_tensors(file, own), architecture), own
+    found = projector_beside(file, architecture, unreadable)
+    plain = _Marked.of(text_encoder_tensors(file), architecture)
+    try:
+        return _Marked.of(text_encoder_tensors(file, found), architecture), found
+    except CorruptFile as error:
+        unreadable.append(error)
+        return plain, None
+
+
+class _Marked(dict):
+    """A state dict that says yes where a host asks for a tensor by which it tells Qwen3-VL from Qwen3.
+
+    That one is in the projector, which may be missing; without it the host would take the text model for another one,
+    whose rotary embedding and layers differ.
+
+    Attributes:
+        asked: whether a host asked for it, and so knows of Qwen3-VL.
+    """
+
+    asked = False
+
+    @classmethod
+    def of(cls, state: dict[str, torch.Tensor], architecture: str) -> dict[str, torch.Tensor]:
+        return cls(state) if architecture == "qwen3vl" else state
+
+    def __contains__(self, name: object) -> bool:
+        if name != _QWEN3VL_MARK:
+            return super().__contains__(name)
+        self.asked = True
+        return True
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        if name != _QWEN3VL_OUTPUT:
+            raise KeyError(name)
+        return torch.empty(self["model.layers.0.input_layernorm.weight"].shape[0], 0)
 
 
 def _without_fp8(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
@@ -190,6 +296,26 @@ def _scaled(weight: torch.Tensor, module: str, state: dict[str, torch.Tensor], p
     return (weight.float() * scale.float().view(-1, *[1] * (weight.dim() - 1))).to(torch.bfloat16)
 
 
+def _check_type(model: torch.nn.Module, states: Sequence[dict], kind: str, paths: Sequence[str]) -> None:
+    """Refuse a type that does not fit the files: the host would take one for another, as wide or not."""
+    reader = _reader(model)
+    names = ", ".join(map(os.path.basename, paths))
+    if any(isinstance(state, _Marked) and not state.asked for state in states):
+        raise UnsupportedFormat(f"this ComfyUI does not know Qwen3-VL: update ComfyUI ({names})")
+    if reader not in _OF_ONE_MODEL.get(kind, (reader,)):
+        raise UnsupportedFormat(
+            f"the type {kind} does not fit this text encoder, which ComfyUI reads as that of {reader}: choose the text "
+            f"encoder of {kind}, or another type ({names})"
+        )
+    if reader not in _READ_UMT5 and any(is_umt5(state) for state in states):
+        raise UnsupportedFormat(f"this text encoder is a UMT5, which ComfyUI reads only for Wan: choose wan ({names})")
+
+
+def _reader(model: torch.nn.Module) -> str:
+    """Of which model the host's class for text encoders is, by its module's name: ``z_image``."""
+    return type(model).__module__.rpartition(".")[2]
+
+
 def _check_files(model: torch.nn.Module, kind: str, paths: Sequence[str]) -> None:
     """The host takes any files for any type; one that fits nowhere would show only when words are encoded."""
     found: dict[str, bool] = {}
@@ -199,12 +325,12 @@ def _check_files(model: torch.nn.Module, kind: str, paths: Sequence[str]) -> Non
     missing = ", ".join(encoder for encoder, has_weights in found.items() if not has_weights)
     if missing:
         raise UnsupportedFormat(
-            f"none of these files is the {missing} that ComfyUI wants for {len(paths)} of the type {kind}: choose "
-            f"others or another type ({', '.join(map(os.path.basename, paths))})"
+            f"none of these files is the {missing} that ComfyUI wants: choose other files, or another type than "
+            f"{kind}, for these {len(paths)}: {', '.join(map(os.path.basename, paths))}"
         )
 
 
-def _complete(model: torch.nn.Module, unreadable: list[GraftError]) -> None:
+def _complete(model: torch.nn.Module, unreadable: Sequence[GraftError]) -> None:
     """What files lack on purpose: CLIP-L's projection where only its tokens are read, eyes in a file of their own."""
     found = f"; one lies there, but {unreadable[0]}" if unreadable else ""
     for path, layer in packed_layers(model).items():
@@ -213,19 +339,26 @@ def _complete(model: torch.nn.Module, unreadable: list[GraftError]) -> None:
         elif layer.weight is None and ".visual." in path:
             folder = "to read pictures, put the vision projector (mmproj) of this text encoder into its folder"
             layer.remedy = folder + found
-        elif layer.weight is None and (".vision_model." in path or ".multi_modal_projector." in path):
-            # Gemma 3's, whose projector has its tensors in another layout
-            layer.remedy = "to read pictures, take this text encoder as safetensors"
+        elif layer.weight is None and (part := _SENSES.search(path)):
+            # Gemma's, whose projector has its tensors in another layout
+            _refuse(
+                model.get_submodule(path[: part.end()]),
+                f"{_REMEDIES[part[1][:5]]}, take this text encoder as safetensors",
+            )
 
 
-def _decode_tables(model: torch.nn.Module) -> None:
-    """Give tables of which the host reads the weight, and calls no layer, to the host: it patches them as its own."""
-    for module in list(model.modules()):
-        for name, table in module.named_children():
-            if name in READ and isinstance(table, EmbeddingMath) and table.weight is not None:
-                plain = comfy.ops.manual_cast.Embedding(*table.logical_shape, device="meta")
-                plain.weight = torch.nn.Parameter(table.dequantized(), requires_grad=False)
-                setattr(module, name, plain)
+_SENSES = re.compile(r"\.(vision_model|multi_modal_projector|audio_model|audio_projector)(?=\.)")
+_REMEDIES = {"visio": "to read pictures", "multi": "to read pictures", "audio": "to hear sounds"}
+
+
+def _refuse(part: torch.nn.Module, remedy: str) -> None:
+    """Have a part that the file lacks say what to do, before its code asks an empty layer for its dtype."""
+
+    def refuse(module: torch.nn.Module, args: Any) -> None:
+        raise GraftError(f"this file cannot do that: {remedy}")
+
+    if not part._forward_pre_hooks:
+        part.register_forward_pre_hook(refuse)
 
 
 def _decode_heads(model: torch.nn.Module) -> None:
@@ -243,8 +376,9 @@ def _logits(model: Any, x: torch.Tensor) -> torch.Tensor:
     if head is not None:
         return head(last)
     table, tied = model.embed_tokens, LinearMath()
-    for name in ("weight", "fmt", "logical_shape", "backend"):
+    for name in ("logical_shape", "backend"):
         setattr(tied, name, getattr(table, name))
+    tied.load_weight(table.packed_weight())
     data, _, release = table.fetch(last)
     try:
         # the table's adapters are the head's
@@ -260,40 +394,44 @@ class _Encoder:
     """
 
     def encode_token_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _grafted(self):
+        with _with_adapters(self):
             return super().encode_token_weights(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _grafted(self):
+        with _with_adapters(self):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 @contextmanager
-def _grafted(encoder: torch.nn.Module) -> Iterator[None]:
+def _with_adapters(encoder: torch.nn.Module) -> Iterator[None]:
     """The adapters are put on once, by the outermost encoder that is called."""
     # its layers know the owner of the whole model, in a copy of the model that of the copy
     layer = next((module for module in encoder.modules() if isinstance(module, HostLayer)), None)
     owner = None if layer is None else layer.owner()
-    patcher = None if owner is None or owner.encoding else owner.loaded()
+    patcher = None if owner is None else owner.loaded()
     if patcher is None:
         yield
         return
-    owner.encoding = True
-    try:
-        with patcher.grafted(patcher.load_device):
-            yield
-    finally:
-        owner.encoding = False
+    # with the lock, what is under way is of this thread
+    with owner.calls.lock, nullcontext() if owner.calls.under_way else patcher.grafted(patcher.load_device):
+        yield
 
 
 class GraftCLIP(comfy.sd.CLIP):
     """The host's CLIP, which is saved with its weights and not with their packed bytes."""
 
+    @property
+    def cond_stage_model(self) -> Any:
+        """That of the patcher, which hosts put on another copy of the model, for another device, and not the CLIP."""
+        return self.patcher.model
+
+    @cond_stage_model.setter
+    def cond_stage_model(self, model: Any) -> None:
+        """Where hosts hand on that of the CLIP that they clone."""
+
     def clone(self, *args: Any, **kwargs: Any) -> GraftCLIP:
         clone = super().clone(*args, **kwargs)
         clone.__class__ = GraftCLIP
-        # of a clone without dynamic VRAM the host puts the patcher on another copy of the model, and not the CLIP
-        clone.cond_stage_model = clone.patcher.model
         return clone
 
     def get_sd(self) -> dict[str, Any]:
@@ -301,7 +439,7 @@ class GraftCLIP(comfy.sd.CLIP):
 
 
 class GraftCLIPLoader:
-    """Load CLIP (GGUF, Graft)."""
+    """Load CLIP Text Encoders (GGUF, Graft)."""
 
     DESCRIPTION = (
         "Loads text encoders from GGUF, alone or beside others: what Flux, SD3, Wan, Qwen-Image and others read your "
@@ -338,31 +476,34 @@ class GraftCLIPLoader:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> Any:
-        paths = [encoder_path(name) for name in _names(inputs)]
+        paths = [encoder_file(name).path for name in _names(inputs)]
         beside = [file for path in paths if path is not None for file in projector_files(path)]
         return [node.file_state(path) for path in [*paths, *map(str, beside)]]
 
     @classmethod
-    def VALIDATE_INPUTS(cls, clip_name1: str | None) -> bool | str:
-        # of the first file alone, since the host repeats this on every input that is named here, and checks the others
-        if clip_name1 is not None and encoder_path(clip_name1) is None:
-            return node.missing(clip_name1, REMEDY)
+    def VALIDATE_INPUTS(
+        cls, clip_name1: str | None = None, clip_name2: str | None = None, clip_name3: str | None = None,
+        clip_name4: str | None = None,
+    ) -> bool:  # fmt: skip
+        """Raises what is to be said of missing files: a text the host would repeat on every input of these."""
+        _found({"clip_name1": clip_name1, "clip_name2": clip_name2, "clip_name3": clip_name3, "clip_name4": clip_name4})
         return True
 
     def load(self, clip_name1: str, type: str, device: str = "default", backend: str = "auto", **names: str) -> dict:
-        paths = []
-        for name in _names({"clip_name1": clip_name1, **names}):
-            path = encoder_path(name)
-            if path is None:
-                raise CorruptFile(node.missing(name, REMEDY))
-            paths.append(path)
-        clip = load_text_encoders(paths, type, device, backend)
+        files = _found({"clip_name1": clip_name1, **names})
+        clip = load_text_encoders([path for _, path in files], type, device, backend)
         text = clip.cond_stage_model.graft.summary
         log.info("%s", text)
-        return node.result((clip,), text)
+        return node.result((clip,), text, *(file.note for file, _ in files))
 
 
 def _names(inputs: dict[str, Any]) -> list[str]:
     """The files that are chosen; until the node runs, what comes through a link is None."""
     chosen = (inputs.get(f"clip_name{number}") for number in range(1, FILES + 1))
     return [name for name in chosen if name and name != NONE]
+
+
+def _found(inputs: dict[str, Any]) -> list[tuple[Found, str]]:
+    """The files that are chosen, and where they lie; CorruptFile that names all which are missing."""
+    files = [encoder_file(name) for name in _names(inputs)]
+    return list(zip(files, all_present(files, HOME), strict=True))
