@@ -55,13 +55,26 @@ def _is_installed(name: str) -> bool:
     return True
 
 
+def installer() -> list[str]:
+    """What installs packages here: pip, or uv in an environment that uv has made, which has no pip."""
+    import shutil
+    from importlib.util import find_spec
+
+    uv = shutil.which("uv")
+    if find_spec("pip") is not None or uv is None:
+        return [sys.executable, "-m", "pip", "install", "--no-deps"]
+    return [uv, "pip", "install", "--python", sys.executable, "--no-deps"]
+
+
 def install(requirements: list[str]) -> str | None:
     """Install `requirements` and nothing that they depend on; returns None, or why it did not work."""
     import subprocess  # here, because most runs have nothing to do and should cost nothing
 
     # what they need (numpy) comes with either host, in the version that the host wants
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-input", "--retries", "0", "--timeout", "10", *requirements]
+    command = installer()
+    if command[0] == sys.executable:
+        command += ["--disable-pip-version-check", "--no-input", "--retries", "0", "--timeout", "10"]
+    command += ["--quiet", *requirements]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.SubprocessError) as error:
@@ -70,14 +83,18 @@ def install(requirements: list[str]) -> str | None:
         return None
     lines = ran.stderr.strip().splitlines()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")] or lines
-    return errors[-1] if errors else f"pip ended with {ran.returncode}"
+    return errors[-1] if errors else f"the installer ended with {ran.returncode}"
 
 
 def main() -> None:
     wanted = missing(REQUIREMENTS.read_text(encoding="utf-8"))
     if wanted and (reason := install(wanted)):
         names = " ".join(f'"{requirement}"' for requirement in wanted)
-        print(f'Graft: {reason}; to install what is missing, run: "{sys.executable}" -m pip install --no-deps {names}')
+        program, *rest = (f'"{part}"' if part == sys.executable else part for part in installer())
+        command = " ".join((program, *rest))
+        if "No module named pip" in reason:
+            command = f"{program} -m ensurepip, then: {command}"
+        print(f"Graft: {reason}; to install what is missing, run: {command} {names}")
 
 
 if __name__ == "__main__":

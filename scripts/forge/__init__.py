@@ -3,7 +3,10 @@
     app.py       the extension: Forge's callbacks, its settings, its jobs; with host.py all that imports Forge
     host.py      what Graft touches of Forge's backend, found by feature
     layout.py    the two layouts in which Forge holds packed bytes
-    patches.py   Forge's patch lists as adapters
+    patches.py   LoRAs on Forge's patchers, and their patches as adapters
+    loras.py     LoRA files on their way to Forge's loader, and what became of them
+    strengths.py where and when a LoRA of the prompt works
+    reading.py   GGUF files that Forge's own reader does not read, or not rightly
     engine.py    the hooks, and the forward pass of a GGUF layer
     session.py   settings, the loaded model and the prompt's LoRAs, as rows for the tab
     verify.py    one layer of each type, beside the model and merged into it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from modules import paths_internal, script_callbacks, scripts, sd_models, shared
 from . import inspection, tab
 from .engine import Engine, Settings
 from .host import NoForge, detect
-from .session import OPTIONS, Part, UsedLora, backend_of, infotext, parts, settings_from, used_loras
+from .session import OPTIONS, Part, UsedLora, backend_of, infotext, int8_of, parts, settings_from, used_loras
 from .verify import Comparison, verify
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,19 @@ class App:
         script_callbacks.on_before_ui(self._add_axis)
         script_callbacks.on_app_started(self._add_routes)
         script_callbacks.on_script_unloaded(self._unload)
+        script_callbacks.on_cfg_denoiser(self._begins_step)
 
     def _unload(self) -> None:
         if self.engine is not None:
             self.engine.uninstall()
+            self._add_loras_again()  # Forge itself, if Graft does not come back
+
+    def _begins_step(self, params: Any) -> None:
+        """The sampler is about to call the model."""
+        denoiser = getattr(params, "denoiser", None)
+        if self.engine is not None and denoiser is not None:
+            self.engine.step = (denoiser.step, denoiser.total_steps or 1)
+            self.engine.canvas = tuple(params.x.shape[-2:])
 
     def before_images(self, p: Any) -> None:
         """Take the settings of this job, which may have brought its own, and write them into its infotext."""
@@ -65,16 +75,22 @@ class App:
         """A job is done."""
         if self.engine is not None:
             self.engine.release()
+            self.engine.step, self.engine.canvas = (0, 1), ()
 
     def _configure(self, settings: Settings, p: Any = None) -> None:
         assert self.engine is not None
         if settings == self.engine.settings:
             return
         if self.engine.configure(settings):
-            # Forge adds LoRAs to the model only when the prompt's are others than last time
-            self._model().current_lora_hash = None
+            self._add_loras_again()
         if p is not None:
             p.clear_prompt_cache()  # the text encoders are GGUF models, too
+
+    def _add_loras_again(self) -> None:
+        """With the next images; Forge does that only when the prompt's LoRAs are others than last time."""
+        model = self._model()
+        if hasattr(model, "current_lora_hash"):
+            model.current_lora_hash = None
 
     def _add_settings(self) -> None:
         section = ("graft", "Graft")
@@ -97,7 +113,7 @@ class App:
             )
 
     def _add_routes(self, _: Any, server: Any) -> None:
-        server.add_api_route("/graft/status", self.status, methods=["GET"])
+        server.add_api_route("/graft/status", self.status, methods=["GET"], dependencies=_credentials())
 
     def status(self) -> dict[str, Any]:
         """What the tab shows, for programs."""
@@ -106,6 +122,7 @@ class App:
             "active": good, "headline": headline, "facts": dict(self.facts()), "settings": vars(self.settings()),
             "parts": [{**vars(part), "layers": part.layers} for part in self.parts()],
             "loras": [{**vars(lora), "layers": lora.layers} for lora in self.loras()],
+            "notes": self.notes(),
             "calls": [{"path": path, "why": why, "count": n} for (path, why), n in self.counts().items()],
         }  # fmt: skip
 
@@ -126,6 +143,7 @@ class App:
         device = self._device()
         return [
             ("Kernels", backend_of(self.engine, device)),
+            *int8_of(self.engine, self._model(), device),
             ("Device", str(device)),
             ("Checkpoint", self._checkpoint()),
             *self.engine.host.features.items(),
@@ -137,6 +155,9 @@ class App:
 
     def loras(self) -> list[UsedLora]:
         return [] if self.engine is None else used_loras(self.engine, self._model())
+
+    def notes(self) -> list[str]:
+        return [] if self.engine is None else self.engine.prompt.notes
 
     def counts(self) -> Counter[tuple[str, str]]:
         return Counter() if self.engine is None else self.engine.counts
@@ -162,11 +183,8 @@ class App:
 
     def files(self) -> list[Path]:
         """GGUF and safetensors files in Forge's model folders."""
-        options = shared.cmd_opts
-        models = paths_internal.models_path
-        named = (options.ckpt_dir, options.lora_dir, getattr(options, "text_encoder_dir", None), options.vae_dir)
-        own = (f"{models}/{name}" for name in ("Stable-diffusion", "Lora", "text_encoder", "VAE"))
-        return list(inspection.files([*own, *named]))
+        own = (f"{paths_internal.models_path}/{name}" for name in ("Stable-diffusion", "Lora", "text_encoder", "VAE"))
+        return list(inspection.files([*own, *_named_folders(shared.cmd_opts)]))
 
     def _model(self) -> Any:
         return sd_models.model_data.get_sd_model()
@@ -197,6 +215,26 @@ def _on_main_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     if not good:
         raise value
     return value
+
+
+def _named_folders(options: Any) -> list[str]:
+    """Those of ``--ckpt-dir X``, or of ``--ckpt-dirs X --ckpt-dirs Y``, as newer branches have it; and so on."""
+    found: list[str] = []
+    for kind in ("ckpt", "lora", "text_encoder", "vae"):
+        one, several = getattr(options, f"{kind}_dir", None), getattr(options, f"{kind}_dirs", None)
+        found += [str(folder) for folder in (one, *(several or ())) if folder]
+    return found
+
+
+def _credentials() -> list[Any]:
+    """What a route depends on, so that it asks for the credentials that Forge's own API asks for."""
+    if not shared.cmd_opts.api_auth:
+        return []
+    from fastapi import Depends
+    from modules.api.api import Api
+
+    pairs = dict(pair.split(":", 1) for pair in shared.cmd_opts.api_auth.split(","))
+    return [Depends(types.MethodType(Api.auth, types.SimpleNamespace(credentials=pairs)))]
 
 
 app = App()

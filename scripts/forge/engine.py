@@ -13,28 +13,37 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...kernels import FORMATS, Format, GraftError, NoBackend, UnsupportedFormat, by_name, choose, dequantize
-from ...ops.adapters import Patch
-from ...ops.layers import LinearMath, autocast_dtype, format_of, without_autocast
-from ...ops.residual import FactorCache, ResidualStack, RunningResidual
-from . import layout, patches
+from ...kernels import FORMATS, AdapterError, Format, GraftError, NoBackend, choose, int8
+from ...ops.adapters import Adapter, Patch
+from ...ops.int8 import named, use_int8
+from ...ops.layers import without_autocast
+from ...ops.places import Architecture, architecture_of
+from ...ops.residual import ResidualStack
+from ...ops.strengths import Call, Strength
+from . import layout, loras, patches, reading
 from .host import Host
+from .layers import STATE, LayerState, describe, state_of
+from .prompt import PromptLoras
+from .reading import ForeignType
+from .strengths import Told, call_of
 
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "on", "off")
+INT8 = "int8"
 DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+    "auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, INT8: None,
 }  # fmt: skip
 
 
@@ -46,7 +55,8 @@ class Settings:
         mode: ``auto``: LoRAs beside the matmul unless their rank is so large that a full weight is cheaper;
             ``on``: always beside it; ``off``: everything as Forge does it.
         backend: of the kernels.
-        dtype: of the computation; ``auto`` is that of the activations.
+        dtype: of the computation; ``auto`` is that of the activations, and ``int8`` the same, with int8 products in
+            large layers of a diffusion model.
     """
 
     mode: str = "auto"
@@ -54,80 +64,17 @@ class Settings:
     dtype: str = "auto"
 
 
-class ForgeMath(LinearMath):
-    """The arithmetic of a linear layer whose weight Forge holds."""
-
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-    def __init__(self, fmt: Format, shape: torch.Size) -> None:
-        super().__init__()
-        self.fmt = fmt
-        self.logical_shape = shape
-
-    @contextlib.contextmanager
-    def holding(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Iterator[None]:
-        """With the layer's own tensors, which adapters look at while they are put together."""
-        self.weight, self.bias = weight, bias
-        try:
-            yield
-        finally:
-            self.weight = self.bias = None
-
-    def format_of(self, data: torch.Tensor) -> Format:
-        """Bytes are in the layer's format; anything else is a float tensor that says itself what it is."""
-        assert self.fmt is not None
-        return self.fmt if data.dtype == torch.uint8 else format_of(data)
-
-
-class LayerState:
-    """What Graft knows about one of Forge's layers. The format belongs to the layer: parameters get replaced.
+@dataclass(frozen=True)
+class Varying:
+    """What of a model has strengths that depend on the call.
 
     Attributes:
-        header: what baking lost of the weight, while it is baked.
-        refused: why this layer runs in Forge's own forward.
-        path, reason: how its LoRAs run, and why not beside the weight; empty without any.
-        left_out: why patches of theirs fit nothing.
-        residual: them, put together from the host's patches `seen`.
+        architecture: where its tokens are; None where that is not known.
+        layers: those on which the LoRAs are.
     """
 
-    def __init__(self, fmt: Format, shape: torch.Size) -> None:
-        self.fmt, self.shape = fmt, shape
-        self.math = ForgeMath(fmt, shape)
-        self.known: patches.Known = {}
-        self.cache = FactorCache(keep=1)
-        self.header: torch.Tensor | None = None
-        self.refused = ""
-        self.path = self.reason = ""
-        self.left_out: list[str] = []
-        self.residual: RunningResidual | None = None
-        self.seen: tuple = ()
-
-    def take(self, residual: RunningResidual, seen: tuple, left_out: list[str]) -> None:
-        """Run with these adapters from now on."""
-        self.residual, self.seen = residual, seen
-        self.path, self.reason = residual.residual.path, residual.residual.reason
-        self.left_out = left_out + residual.residual.rejected
-
-    def release(self) -> None:
-        """Let go of the factors; they are put together again when the layer next runs."""
-        if self.seen:
-            self.residual, self.seen = None, ()
-            self.known, self.cache = {}, FactorCache(keep=1)
-
-    def forget(self) -> None:
-        """There are no adapters any more."""
-        if self.path:
-            self.release()
-            self.path, self.reason, self.left_out = "", "", []
-
-
-STATE = "_graft_state"
-
-
-def state_of(layer: nn.Module) -> LayerState | None:
-    """What Graft knows about `layer`; None if it has not seen it."""
-    return layer.__dict__.get(STATE)
+    architecture: Architecture | None
+    layers: tuple[nn.Module, ...]
 
 
 class Engine:
@@ -135,7 +82,12 @@ class Engine:
 
     Attributes:
         active: whether the hooks do anything.
-        counts: layer calls by ``(path, reason)``; paths are ``base``, ``residual``, ``exact`` and ``forge``.
+        step: the number of the sampler's next call of the model, and how many there will be.
+        canvas: rows and columns of the latent that the sampler works on; empty where nobody has told.
+        prompt: where and when the prompt's LoRAs work.
+        fates: what became of LoRA files, by path.
+        counts: layer calls by ``(path, reason)``, without those in compiled graphs; paths are ``base``, ``residual``,
+            ``exact`` and ``forge``.
     """
 
     def __init__(self, host: Host) -> None:
@@ -143,6 +95,12 @@ class Engine:
         self.settings = Settings()
         self.active = False
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.fates: dict[str, loras.Fate] = {}
+        self.step = (0, 1)
+        self.canvas: tuple[int, ...] = ()
+        self.prompt = PromptLoras(host, self.possible)
+        self._call: Call | None = None
+        self._varying: weakref.WeakKeyDictionary[nn.Module, Varying] = weakref.WeakKeyDictionary()
         self._originals: list[tuple[Any, str, Any, Any]] = []
         self._added: list[Any] = []
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose layers Forge would have baked
@@ -156,11 +114,29 @@ class Engine:
         if self.active:
             return
         self.active = True
-        self._wrap(self.host.linear, "forward", self._forward)
-        self._wrap(self.host.linear, "_load_from_state_dict", self._load)
+        for cls in self.host.layers.values():
+            self._wrap(cls, "forward", self._forward)
+            self._wrap(cls, "_load_from_state_dict", self._load)
         self._wrap(self.host.patcher, "add_patches", self._add_patches)
+        self._wrap(self.host.patcher, self.host.loads, self._patcher_loads)
+        if hasattr(self.host.patcher, "memory_required"):
+            self._wrap(self.host.patcher, "memory_required", self._memory_required)
         if self.host.memory is not None:
             self._wrap(self.host.memory, "bake_gguf_model", self._bake_model)
+        for module in self.host.readers:
+            self._wrap(module, "load_torch_file", self._read_file)
+        if self.host.loader is not None:
+            self._wrap(self.host.loader, "replace_state_dict", self._place_text_encoder)
+            if hasattr(self.host.loader, "process_pid"):
+                self._wrap(self.host.loader, "process_pid", self._split_pid)
+        if self.host.networks is not None:
+            self._wrap(self.host.networks, "load_lora_for_models", self._load_lora)
+            if hasattr(self.host.networks, "load_networks"):
+                self._wrap(self.host.networks, "load_networks", self.prompt.load_networks)
+        if self.host.prompt_loras is not None:
+            self._wrap(self.host.prompt_loras, "activate", self.prompt.activate)
+        if self.host.whole_model is not None:
+            self._wrap(self.host.whole_model, "apply_model", self._apply_model)
         self._add_types()
 
     def uninstall(self) -> None:
@@ -185,6 +161,8 @@ class Engine:
     def configure(self, settings: Settings) -> bool:
         """Use other settings from the next layer call on; whether LoRAs have to be added to the model anew."""
         before, self.settings = self.settings, settings
+        for state in filter(None, map(state_of, self._layers)):
+            state.stale = True
         self._backends.clear()
         return (before.mode == "off") != (settings.mode == "off")
 
@@ -220,45 +198,198 @@ class Engine:
     def _note(self, layer: nn.Module) -> LayerState | None:
         """Read type and shape off the parameter while it still knows them."""
         try:
-            fmt, shape = _describe(layer.weight)
+            fmt, shape = describe(layer.weight)
         except GraftError as error:
             log.debug("a layer stays with Forge: %s", error)
             return None
-        state = LayerState(fmt, shape)
+        state = LayerState(layer, fmt, shape)
+        kind = getattr(layer.weight, "gguf_cls", None)
+        state.math.scale = kind.scale if isinstance(kind, ForeignType) else None
         layer.__dict__[STATE] = state
         self._layers.add(layer)
         return state
 
     # LoRAs
 
-    def _add_patches(self, original: Callable, patcher: Any, *args: Any, **kwargs: Any) -> Any:
-        """Patches of our layers stay beside the weights, all others are merged as Forge does it."""
+    def possible(self, model: nn.Module, when: Strength | None) -> tuple[Strength | None, str]:
+        """What of it LoRAs on `model` can have, and why not all."""
+        if when is None:
+            return None, ""
         if self.settings.mode == "off":
+            return None, "Graft is off"
+        if next(self.layers(model), None) is None:
+            return None, "this works with GGUF models"
+        if self.host.whole_model is None:
+            return None, "this Forge lacks KModel.apply_model: update Forge, or Graft"
+        try:
+            if when.mask is not None:
+                self._architecture(model)
+        except AdapterError as error:
+            return replace(when, mask=None), str(error)
+        return when, ""
+
+    def _architecture(self, model: nn.Module) -> Architecture:
+        return architecture_of([path for path, _ in model.named_modules()])  # not all of its layers are in GGUF
+
+    def _add_patches(self, original: Callable, patcher: Any, *args: Any, **kwargs: Any) -> Any:
+        """Patches of our layers run beside the weights; all others are added as the caller asks Forge to."""
+        bound = inspect.signature(original).bind(patcher, *args, **kwargs)
+        bound.apply_defaults()
+        options = bound.arguments
+        everything = options.get("patches")
+        if not isinstance(everything, Mapping):
             return original(patcher, *args, **kwargs)
-        signature = inspect.signature(original)
-        bound = signature.bind(patcher, *args, **kwargs)
-        everything = bound.arguments.get("patches")
-        if "online_mode" not in signature.parameters or not isinstance(everything, Mapping):
-            return original(patcher, *args, **kwargs)
-        ours = {k: v for k, v in everything.items() if self.runs(patcher.model, k if isinstance(k, str) else k[0])}
-        if not ours:
-            return original(patcher, *args, **kwargs)
-        rest = {k: v for k, v in everything.items() if k not in ours}
-        bound.arguments.update(patches=ours, online_mode=True)
-        loaded = original(*bound.args, **bound.kwargs)
-        if rest:
-            bound.arguments.update(patches=rest, online_mode=False)
-            loaded = type(loaded)([*loaded, *original(*bound.args, **bound.kwargs)])
+        strength, when, text = _told(options.get("strength_patch", 1.0))
+        when, _ = self.possible(patcher.model, when)
+        options["strength_patch"] = strength
+        strengths = strength, options.get("strength_model", 1.0)
+        ours: dict[Any, Any] = {}
+        if self.settings.mode != "off":
+            ours = {key: v for key, v in everything.items() if self.runs(patcher.model, _parameter(key))}
+        rest = {key: v for key, v in everything.items() if key not in ours}
+        refused: tuple[str, ...] = ()
+        if when is not None:  # which Forge's own patches cannot have
+            refused, rest = tuple(dict.fromkeys(map(_parameter, rest))), {}
+        loaded: Any = []
+        if rest or not ours:
+            options["patches"] = rest
+            if ours and self.host.others_online is not None:
+                options["online_mode"] = self.host.others_online
+            loaded = original(*bound.args, **bound.kwargs)
+        others = tuple(dict.fromkeys(map(_parameter, loaded)))
+        added = patches.Added(
+            str(options.get("filename")), strength, _as_patches(ours, *strengths, when), others,
+            "" if when is None else text, refused,
+        )  # fmt: skip
+        if added.keys:
+            patches.carry(patcher, added)
+        # Forge would drop a file for what is refused
+        return type(loaded)([*loaded, *ours, *(everything if refused else ())])
+
+    def _load_lora(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Forge's loader of one LoRA file, with names that it does not know."""
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        given = bound.arguments
+        unet, clip = getattr(given.get("model"), "model", None), getattr(given.get("clip"), "cond_stage_model", None)
+        norm = "merged" if unet is not None and next(self.layers(unet), None) is not None else "comfy"
+        try:
+            value_of = functools.partial(self._value_of, unet)
+            file = loras.LoraFile.read(self.host.networks, given["lora"], unet, clip, norm, value_of)
+        except Exception as error:
+            log.warning("a LoRA goes to Forge as it is: %s", error, exc_info=True)
+            return original(*args, **kwargs)
+        given["lora"] = file.state
+        with file.known_to(self.host.networks):
+            loaded = original(*bound.args, **bound.kwargs)
+        filename = str(given.get("filename"))
+        report = file.report(filename, float(given.get("strength_model", 1.0)))
+        used = any(new is not old for new, old in zip(loaded, (given.get("model"), given.get("clip")), strict=True))
+        self.fates[filename] = loras.Fate(report, used)
         return loaded
 
+    def _value_of(self, model: nn.Module, key: str, adapter: Adapter, shape: torch.Size) -> Any:
+        """What `add_patches` takes for an adapter on a parameter of `model`."""
+        if self.settings.mode != "off" and self.runs(model, key):
+            return adapter
+        return self.host.value_of(adapter, shape)
+
     def runs(self, model: nn.Module, key: str) -> bool:
-        """Whether the parameter `key` belongs to a layer that Graft runs."""
+        """Whether the parameter `key` belongs to a layer that Graft runs. One without a bias may get one."""
         path, _, name = key.rpartition(".")
         try:
             layer = model.get_submodule(path)
         except AttributeError:
             return False
-        return isinstance(layer, self.host.linear) and name in ("weight", "bias")
+        if not self.host.is_layer(layer) or layer.weight is None:
+            return False
+        return name == "weight" or (name == "bias" and not isinstance(layer, nn.Embedding))
+
+    def _patcher_loads(self, original: Callable, patcher: Any, *args: Any, **kwargs: Any) -> Any:
+        """From now on the layers run with what this patcher carries, and with nothing that another one did."""
+        model = patcher.model
+        for layer in self.layers(model):
+            layer.__dict__.pop(patches.ON_LAYER, None)
+            if (state := state_of(layer)) is not None:
+                state.stale = True
+        if hasattr(model, "diffusion_model"):
+            for path, layer in model.named_modules():
+                if (state := state_of(layer)) is not None:
+                    state.where = path
+        varying = []
+        for path, found in patches.by_layer(patches.carried(patcher)).items():
+            layer = model.get_submodule(path)
+            layer.__dict__.update({patches.ON_LAYER: found, patches.AT: path})
+            if any(patches.when_of(patch) is not None for listed in found.values() for patch in listed):
+                varying.append(layer)
+        self._varying.pop(model, None)
+        if varying:
+            architecture = None
+            with contextlib.suppress(AdapterError):
+                architecture = self._architecture(model)
+            self._varying[model] = Varying(architecture, tuple(varying))
+        return original(patcher, *args, **kwargs)
+
+    def _apply_model(self, original: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """One call of a diffusion model, with the strengths that LoRAs have in it."""
+        if self.settings.mode == "off":
+            return original(model, *args, **kwargs)
+        for layer in self.layers(model):
+            self._refresh(layer)
+        varying = self._varying.get(model)
+        if varying is None:
+            return original(model, *args, **kwargs)
+        inner, references = model.diffusion_model, self.host.references()
+        self._call = call_of(inner, varying.architecture, self.step, self.canvas, references, *args, **kwargs)
+        try:
+            for layer in varying.layers:
+                state = state_of(layer)
+                if state is not None and state.varies:
+                    state.start(self._call)
+            return original(model, *args, **kwargs)
+        finally:
+            self._call = None
+
+    def _memory_required(self, original: Callable, patcher: Any, *args: Any, **kwargs: Any) -> Any:
+        """With the factors of the LoRAs, in the dtype of the computation."""
+        dtype = DTYPES[self.settings.dtype] or getattr(patcher.model, "computation_dtype", None) or torch.float16
+        return original(patcher, *args, **kwargs) + patches.carried(patcher).numbers * dtype.itemsize
+
+    # files
+
+    def _read_file(self, original: Callable, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Text encoders get the names and the order of rows that Forge loads; all types of GGUF can be read.
+
+        In every mode: a model outlives the settings that it was loaded with.
+        """
+        if not os.fspath(path).lower().endswith(".gguf"):
+            return original(path, *args, **kwargs)
+        read, error = None, None
+        try:
+            read = reading.state_dict(path, self.host)
+        except GraftError as ours:
+            error = ours
+        if read is not None:
+            return (read, None) if kwargs.get("return_metadata") else read
+        try:
+            loaded = original(path, *args, **kwargs)
+        except Exception as theirs:
+            raise (error or theirs) from theirs
+        if error is not None:
+            log.warning("Forge has loaded what Graft would not: %s", error)
+        return loaded
+
+    def _place_text_encoder(self, original: Callable, state: dict, other: dict, guess: Any, *args: Any) -> Any:
+        placed = reading.placed(other, guess)
+        return original(state, other, guess, *args) if placed is None else {**state, **placed}
+
+    def _split_pid(self, original: Callable, state: dict[str, Any]) -> Any:
+        """PiD's modulations in their two parts: Forge reshapes numbers, of packed weights whole rows are taken."""
+        packed = {k: state.pop(k) for k in list(state) if reading.is_pid_modulation(k, state[k])}
+        result = original(state)
+        for name, parameter in packed.items():
+            fmt, shape = describe(parameter)
+            state.update(reading.pid_parts(name, parameter, fmt, shape, state, self.host))
+        return result
 
     # the two layouts
 
@@ -276,7 +407,7 @@ class Engine:
 
     def layers(self, model: nn.Module) -> Iterator[nn.Module]:
         """The GGUF layers of `model`."""
-        return (m for m in model.modules() if isinstance(m, self.host.linear))
+        return filter(self.host.is_layer, model.modules())
 
     def _bake_layers(self, model: nn.Module) -> None:
         for layer in self.layers(model):
@@ -332,16 +463,16 @@ class Engine:
         if self.settings.mode == "off":
             return self._forge_forward(original, layer, x, "Graft is off")
         state = state_of(layer) or self._note(layer)
-        if state is None or state.refused:
-            reason = state.refused if state is not None else "unknown weight"
+        reason = patches.foreign(layer) or ("unknown weight" if state is None else state.refused)
+        if state is None or reason:
             return self._forge_forward(original, layer, x, reason)
         try:
             return self._run(layer, state, x)
-        except patches.Unreadable as error:
-            return self._forge_forward(original, layer, x, str(error))
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
+            if isinstance(error, GraftError) and state.varies:
+                raise  # this call has no place for a mask, which says nothing of the layer
             state.refused = f"{type(error).__name__}: {error}"
             log.warning("a %s layer goes back to Forge's own forward: %s", state.fmt, error, exc_info=True)
             return self._forge_forward(original, layer, x, state.refused)
@@ -349,21 +480,34 @@ class Engine:
     def _forge_forward(self, original: Callable, layer: nn.Module, x: torch.Tensor, reason: str) -> torch.Tensor:
         self.counts["forge", reason] += 1
         self._bake(layer)
-        return original(layer, x)
+        with self.host.hanging(layer, patches.constant(layer, self._call)):
+            return original(layer, x)
 
     def _run(self, layer: nn.Module, state: LayerState, x: torch.Tensor) -> torch.Tensor:
-        wanted = autocast_dtype(x) or x.dtype
+        math = state.math
+        wanted = math.gives(x)
         dtype = DTYPES[self.settings.dtype] or wanted
         data = self.data(layer, state)
         bias = None if layer.bias is None else _plain(layer.bias)
-        state.math.backend = self.backend(x.device, state.fmt)
+        math.backend = self.backend(x.device, state.fmt)
+        if not torch.compiler.is_compiling():
+            self._settle_int8(state, x.device)
         self._gather(layer, state, data, bias, dtype, x.device)
         residual = state.residual
         with self.host.on_device(data, bias, x.device) as (data, bias), without_autocast(x.device):
-            h = x.to(dtype)
-            y = state.math.compute(h, data, bias) if residual is None else residual(h, state.math, data, bias)
-        self.counts[state.path or "base", state.reason] += 1
+            h = math.takes(x, dtype)
+            y = math.compute(h, data, bias) if residual is None else residual(h, math, data, bias)
+        if not torch.compiler.is_compiling():  # a graph would be traced anew for each number
+            self.counts[state.path or "base", state.reason] += 1
         return y.to(wanted)
+
+    def _settle_int8(self, state: LayerState, device: torch.device) -> None:
+        """Have a layer of a diffusion model multiply in int8, if that is asked for and runs here, or no longer."""
+        wanted = self.settings.dtype == INT8 and state.where != "" and int8.unavailable(device) is None
+        if wanted != state.takes_int8:
+            state.takes_int8, state.math.int8_bound, state.math.int8_reason = wanted, None, ""
+            if wanted:
+                use_int8({state.where: state.math}, named())
 
     def backend(self, device: torch.device, fmt: Format) -> str:
         """The backend asked for, or the best one where that cannot run."""
@@ -390,27 +534,44 @@ class Engine:
         self, layer: nn.Module, state: LayerState, data: torch.Tensor, bias: torch.Tensor | None,
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        """Put the adapters that Forge has hung on this layer together, once for each change of them."""
-        on_weight, on_bias = patches.host_patches(layer, "weight"), patches.host_patches(layer, "bias")
+        """Put the adapters on this layer together, once for each change of them."""
+        if torch.compiler.is_compiling() and not state.stale and state.ran in (None, (dtype, device)):
+            return  # what is compared below would be a part of the graph
+        state.stale = False
+        found = patches.on_layer(layer)
+        on_weight, on_bias = found.get("weight", ()), found.get("bias", ())
         if not on_weight and not on_bias:
             state.forget()
             return
         # the values themselves, not their ids: an id may come back for another object
         seen = (dtype, device, self.settings.mode, *(v for p in (*on_weight, (), *on_bias) for v in p or (None,)))
         if len(seen) == len(state.seen) and all(map(_same, seen, state.seen)):
+            if state.varies and state.call is not self._call:
+                state.start(self._present())
             return
         reader, left_out = patches.Reader(state.known), []
         weight = [p for p in (self._read(reader, p, state.shape, left_out) for p in on_weight) if p]
         biases = [p for p in (self._read(reader, p, state.shape[:1], left_out) for p in on_bias) if p]
         state.known = reader.known
+        where = layer.__dict__.get(patches.AT, "layer")
         with state.math.holding(data, bias):
-            stack = ResidualStack({"layer.weight": weight, "layer.bias": biases}, self._merge)
-            stack.build({"layer": state.math}, state.cache, dtype).to(device)
-            state.take(stack.running({"layer": state.math}, device)["layer"], seen, left_out)
+            stack = ResidualStack({f"{where}.weight": weight, f"{where}.bias": biases}, self._merge)
+            stack.build({where: state.math}, state.cache, dtype).to(device)
+            state.take(stack, seen, left_out, self._present() if stack.varies else None)
 
-    def _read(
-        self, reader: patches.Reader, patch: Sequence, shape: torch.Size, left_out: list[str]
-    ) -> Patch | None:
+    def _refresh(self, layer: nn.Module) -> None:
+        """Put other adapters together before a graph runs that knows the layer, as it ran last."""
+        state = state_of(layer)
+        if state is not None and state.stale and state.ran is not None and not state.refused:
+            dtype, device = state.ran
+            bias = None if layer.bias is None else _plain(layer.bias)
+            self._gather(layer, state, self.data(layer, state), bias, dtype, device)
+
+    def _present(self) -> Call:
+        """The call of the model that is under way; outside of any nobody knows a picture."""
+        return self._call or Call(self.step[0] / self.step[1], self.step[0])
+
+    def _read(self, reader: patches.Reader, patch: Sequence, shape: torch.Size, left_out: list[str]) -> Patch | None:
         """One patch as an adapter; None if it fits nothing, which is noted."""
         try:
             read = reader.read(patch, shape)
@@ -419,57 +580,40 @@ class Engine:
             left_out.append(str(error))
             log.warning("an adapter is left out on one layer: %s", error)
             return None
-        if self.settings.mode == "auto" and patches.is_wide(read.adapter, part):
+        if self.settings.mode == "auto" and read.when is None and patches.is_wide(read.adapter, part):
             return patches.left_whole(read, "its rank is so large that a full weight is cheaper")
         return read
 
     def _merge(self, wanted: Sequence[Patch], weight: torch.Tensor, key: str) -> torch.Tensor:
-        return self.host.merge([p.origin for p in wanted], weight, key, computation_dtype=weight.dtype)
+        return self.host.merged([(p.strength, *p.origin[1:5]) for p in wanted if p.origin is not None], weight, key)
 
 
 def _same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, (float, int, str, torch.dtype, torch.device)) and a == b)
 
 
+def _parameter(key: Any) -> str:
+    """The parameter that a key of a patch list names: a name, or ``(name, offset[, function])``."""
+    return key if isinstance(key, str) else key[0]
+
+
+def _told(strength: Any) -> tuple[float, Strength | None, str]:
+    """A LoRA's strength, where and when it works, and how the prompt says that."""
+    if isinstance(strength, Told):
+        return float(strength), strength.when, strength.text
+    return float(strength), None, ""
+
+
+def _as_patches(
+    values: Mapping[Any, Any], strength: float, strength_model: float, when: Strength | None
+) -> dict[str, tuple[patches.HostPatch, ...]]:
+    found: dict[str, tuple[patches.HostPatch, ...]] = {}
+    for key, value in values.items():
+        name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None, None)[:3]
+        found[name] = (*found.get(name, ()), (strength, value, strength_model, offset, function, when))
+    return found
+
+
 def _plain(parameter: torch.Tensor) -> torch.Tensor:
     """The tensor without the parameter around it, whose `shape` and `to` are Forge's own."""
     return parameter.data
-
-
-def _describe(weight: Any) -> tuple[Format, torch.Size]:
-    """Format and logical shape of a parameter of Forge's.
-
-    Raises:
-        GraftError: it says neither itself, nor does its dtype.
-    """
-    if weight is None:
-        raise UnsupportedFormat("the layer has no weight")
-    cls, shape = getattr(weight, "gguf_cls", None), torch.Size(map(int, getattr(weight, "real_shape", weight.shape)))
-    if cls is not None:
-        named = getattr(getattr(cls, "qtype", None), "name", None) or getattr(cls, "__name__", "")
-        return by_name(named), shape
-    if weight.data.is_floating_point() and weight.data.element_size() > 1:
-        return format_of(weight.data), shape
-    raise UnsupportedFormat(f"a weight of {weight.data.dtype} does not say what it holds")
-
-
-class ForeignType:
-    """A GGUF type that Forge has no decode for, in the shape of one of its own type classes."""
-
-    def __init__(self, fmt: Format) -> None:
-        self.fmt = fmt
-        self.__name__ = fmt.name
-
-    def bake(self, parameter: Any) -> None:
-        """There is nothing to re-lay out."""
-        parameter.baked = True
-
-    def dequantize_pytorch(self, parameter: Any) -> torch.Tensor:
-        """The weights in the parameter's computation dtype and logical shape."""
-        data = parameter.data.view(torch.uint8)
-        return dequantize(data, self.fmt, tuple(map(int, parameter.real_shape)), parameter.computation_dtype)
-
-    def quantize_pytorch(self, data: torch.Tensor, parent: Any) -> torch.Tensor:
-        raise UnsupportedFormat(
-            f"a LoRA cannot be merged into {self.fmt.name} weights without losing it: turn Graft on in the tab Graft"
-        )

@@ -9,12 +9,16 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ...kernels import GraftError
-from ...ops.gguf_file import open_gguf
-from ...ops.lora_file import load_adapters
+from ...kernels import GraftError, plain
+from ...ops.files.gguf import open_gguf
+from ...ops.files.lora import load_adapters
+from ...ops.overview import size
 from ...ops.report import modules_of
 
 SUFFIXES = (".gguf", ".safetensors")
+
+_LONGEST = 300
+"""Characters of a value: a file may hold megabytes of text."""
 
 _TOLD = ("ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "modelspec.architecture",
          "modelspec.title", "modelspec.trigger_phrase")  # fmt: skip
@@ -32,16 +36,8 @@ def inspect(path: Path) -> list[tuple[str, str]]:
         rows = _gguf(path) if path.suffix.lower() == ".gguf" else _safetensors(path)
     except (GraftError, OSError) as error:
         return [("file", path.name), ("problem", str(error))]
-    return [("file", path.name), ("size", size(path.stat().st_size)), *rows]
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit that people use."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} GB"
+    shown = [(what, plain(text[:_LONGEST])) for what, text in rows]
+    return [("file", path.name), ("size", size(path.stat().st_size)), *shown]
 
 
 def _gguf(path: Path) -> list[tuple[str, str]]:

@@ -1,13 +1,15 @@
-"""Forge's patch lists, read as adapters.
+"""LoRAs on Forge's patchers: what a patcher carries, and its patches read as adapters.
 
-A patch is ``[strength, value, strength_model, offset, function]``. Forge master keeps the lists of a layer
-in ``forge_online_loras = {"weight": [...], "bias": [...]}``; newer branches hang callables with a list
-``patch`` on ``weight_function`` and ``bias_function``.
+A patch is ``(strength, value, strength_model, offset, function)``; ours have behind that where and when it works. Where
+Forge keeps its own differs from branch to branch, and Forge Neo loses and doubles them when it moves a model off the
+GPU in parts. So patches of the layers that Graft runs are never given to Forge: they travel in the patcher's
+`model_options`, which every clone takes along, and lie on the layers from the moment the patcher is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,31 +17,116 @@ from torch import nn
 
 from ...kernels import AdapterError
 from ...ops.adapters import Adapter, LoRA, Opaque, Patch, Region, from_host
+from ...ops.strengths import Call, Strength
 
 HostPatch = Sequence[Any]
 
+OPTION = "graft_loras"
+"""Under which a patcher's `model_options` hold what it carries."""
 
-class Unreadable(Exception):
-    """Something hangs on the layer that is not a patch list: Forge's own forward knows what to do with it."""
+ON_LAYER = "_graft_patches"
+"""Under which a layer holds the patches of its weight and bias."""
+
+AT = "_graft_path"
+"""Under which it holds its path in the model."""
 
 
-def host_patches(layer: nn.Module, name: str) -> list[HostPatch]:
-    """What Forge has hung on a layer's ``weight`` or ``bias``, in the order in which it would merge them.
+@dataclass(frozen=True)
+class Added:
+    """What one call of a patcher's `add_patches` brought.
 
-    Raises:
-        Unreadable: a function of unknown kind is among them.
+    Attributes:
+        filename: of the LoRA.
+        ours: patches by parameter of a layer that Graft runs.
+        others: parameters that Forge patches itself.
+        when: where and when it works, as the prompt says it.
+        refused: parameters that Forge would patch, which can be nowhere in particular.
     """
-    found: list[HostPatch] = []
-    for function in getattr(layer, f"{name}_function", None) or ():
-        patches = getattr(function, "patch", None)
-        if patches is None and hasattr(function, "patches"):
-            patches = function.patches[function.key]
-        if patches is None:
-            raise Unreadable(f"{type(function).__name__} on the {name}")
-        found += patches
-    online = getattr(layer, "forge_online_loras", None) or {}
-    found += online.get(name) or ()
+
+    filename: str
+    strength: float
+    ours: Mapping[str, tuple[HostPatch, ...]]
+    others: tuple[str, ...] = ()
+    when: str = ""
+    refused: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every parameter that the LoRA reaches."""
+        return (*self.ours, *self.others, *self.refused)
+
+
+class Carried(tuple[Added, ...]):
+    """All that a patcher carries; clones share it, however deeply Forge copies a patcher's options."""
+
+    def __deepcopy__(self, memo: dict) -> Carried:
+        return self
+
+    @property
+    def numbers(self) -> int:
+        """How many the factors hold."""
+        found = {id(t): t.numel() for added in self for p in added.ours.values() for q in p for t in _tensors(q[1])}
+        return sum(found.values())
+
+
+def carried(patcher: Any) -> Carried:
+    """The LoRAs on a patcher, in the order in which they were added."""
+    return getattr(patcher, "model_options", {}).get(OPTION, Carried())
+
+
+def carry(patcher: Any, added: Added) -> None:
+    """Put a LoRA behind those that `patcher` carries."""
+    patcher.model_options[OPTION] = Carried((*carried(patcher), added))
+
+
+def by_layer(loras: Carried) -> dict[str, dict[str, list[HostPatch]]]:
+    """``{layer: {"weight": patches, "bias": patches}}``."""
+    found: dict[str, dict[str, list[HostPatch]]] = {}
+    for added in loras:
+        for key, patches in added.ours.items():
+            path, _, name = key.rpartition(".")
+            found.setdefault(path, {}).setdefault(name, []).extend(patches)
     return found
+
+
+def on_layer(layer: nn.Module) -> Mapping[str, Sequence[HostPatch]]:
+    """The patches of a layer's ``weight`` and ``bias``."""
+    return layer.__dict__.get(ON_LAYER, {})
+
+
+def when_of(patch: HostPatch) -> Strength | None:
+    """Where and when a patch works; None is everywhere and always."""
+    return patch[5] if len(patch) > 5 else None
+
+
+def constant(layer: nn.Module, call: Call | None) -> dict[str, list[HostPatch]]:
+    """A layer's patches as Forge takes them, with the strength of this call; without those that differ within it."""
+    found: dict[str, list[HostPatch]] = {}
+    for name, listed in on_layer(layer).items():
+        for patch in listed:
+            when = when_of(patch)
+            if when is None:
+                found.setdefault(name, []).append(tuple(patch[:5]))
+            elif call is not None and when.is_one_number(call):
+                strength = patch[0] * when.number(call, layer.__dict__[AT])
+                found.setdefault(name, []).append((strength, *patch[1:5]))
+    return found
+
+
+def foreign(layer: nn.Module) -> str:
+    """What somebody else has hung on a layer, for which only Forge's own forward knows what to do; mostly ""."""
+    for name in ("weight", "bias"):
+        for function in getattr(layer, f"{name}_function", None) or ():
+            return f"{type(function).__name__} on the {name}"
+    return "LoRAs of Forge's own" if getattr(layer, "forge_online_loras", None) else ""
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return _tensors(tuple(vars(value).values()) if isinstance(value, Adapter) else getattr(value, "weights", ()))
 
 
 Known = dict[tuple, tuple[Any, Adapter, "Region | None"]]
@@ -68,7 +155,7 @@ class Reader:
         found = self.known.get(key) or self._before.get(key)
         # with the value, whose tensors' ids must not come back for others
         _, adapter, region = self.known[key] = found or (value, *_adapter(value, shape, offset, function))
-        return Patch(strength, adapter, strength_model, region, None, tuple(patch))
+        return Patch(strength, adapter, strength_model, region, None, tuple(patch), when_of(patch))
 
 
 def _adapter(value: Any, shape: torch.Size, offset: Any, function: Any) -> tuple[Adapter, Region | None]:
@@ -128,4 +215,7 @@ def _is_pair(up: torch.Tensor | None, down: torch.Tensor | None, rows: int) -> b
     return up.shape[0] == rows and up.shape[1] == down.shape[0]
 
 
-__all__ = ["AdapterError", "HostPatch", "Reader", "Unreadable", "host_patches", "is_wide", "left_whole"]
+__all__ = [
+    "AdapterError", "Added", "Carried", "HostPatch", "Reader", "by_layer", "carried", "carry", "constant", "foreign",
+    "is_wide", "left_whole", "on_layer", "when_of",
+]  # fmt: skip

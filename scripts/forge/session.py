@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...kernels import BACKENDS, NoBackend, choose
-from . import layout
-from .engine import DTYPES, MODES, Engine, LayerState, Settings, state_of
+from ...kernels import BACKENDS, NoBackend, choose, int8
+from ...ops.int8 import report
+from ...ops.report import FileReport, examples
+from . import layout, patches
+from .engine import DTYPES, INT8, MODES, Engine, Settings
+from .layers import LayerState, state_of
 
 OPTIONS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "graft_mode": ("mode", "LoRAs on GGUF models", MODES, "Graft"),
@@ -21,6 +24,9 @@ OPTIONS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "graft_dtype": ("dtype", "Computation dtype", tuple(DTYPES), "Graft dtype"),
 }
 """Forge's options: name to (field of `Settings`, label, choices, name in the infotext)."""
+
+_ONE_STRENGTH = "left out: Forge patches these, with one strength for all of the picture"
+DIFFUSION_MODEL, TEXT_ENCODERS = "Diffusion model", "Text encoders"
 
 
 def settings_from(options: Any) -> Settings:
@@ -68,17 +74,25 @@ class UsedLora:
     """One LoRA on one part of the model.
 
     Attributes:
+        when: where and when it works, as the prompt says it; "" is everywhere and always.
         residual: layers beside which it runs.
         others: its other layers, by what happens there and why.
         waiting: layers that have not run since it was added.
+        matched, total: modules of the file that this part of the model has, and that the file has for it; 0 of 0 if
+            nobody has looked.
+        note: why not more of the file, or nothing of it, is used.
     """
 
     name: str
     part: str
     strength: float
+    when: str = ""
     residual: int = 0
     others: Counter[str] = field(default_factory=Counter)
     waiting: int = 0
+    matched: int = 0
+    total: int = 0
+    note: str = ""
 
     @property
     def layers(self) -> int:
@@ -90,15 +104,15 @@ def patchers(model: Any) -> Iterator[tuple[str, Any]]:
     objects = getattr(model, "forge_objects", None)
     unet, clip = getattr(objects, "unet", None), getattr(objects, "clip", None)
     if unet is not None:
-        yield "Diffusion model", unet
+        yield DIFFUSION_MODEL, unet
     if clip is not None:
-        yield "Text encoders", clip.patcher
+        yield TEXT_ENCODERS, clip.patcher
 
 
 def gguf_layers(engine: Engine, model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]]:
     """``(path, layer, state)`` of every layer that Graft can run."""
     for path, module in model.named_modules():
-        if isinstance(module, engine.host.linear):
+        if engine.host.is_layer(module):
             state = state_of(module)
             if state is not None:
                 yield path, module, state
@@ -111,7 +125,7 @@ def parts(engine: Engine, model: Any) -> list[Part]:
 
 def _part(engine: Engine, title: str, model: nn.Module) -> Part:
     inner = getattr(model, "diffusion_model", None)
-    names = [inner] if inner is not None else model.children() if title == "Text encoders" else [model]
+    names = [inner] if inner is not None else model.children() if title == TEXT_ENCODERS else [model]
     part = Part(title, ", ".join(type(m).__name__.removeprefix("Integrated") for m in names))
     seen = set()
     for _, layer, state in gguf_layers(engine, model):
@@ -132,41 +146,66 @@ def used_loras(engine: Engine, model: Any) -> list[UsedLora]:
     """The LoRAs that hang on the loaded model, and what each of their layers does with them."""
     found = []
     for title, patcher in patchers(model):
-        for (name, strength, online), keys in _hanging(patcher).items():
-            lora = UsedLora(name, title, strength)
-            for key in keys:
-                _place(engine, patcher.model, key, online, lora)
+        for added in patches.carried(patcher):
+            lora = UsedLora(stem(added.filename), title, added.strength, added.when)
+            for key in added.ours:
+                _place(engine, patcher.model, key, lora)
+            if added.others:
+                lora.others[_with_forge(engine, patcher.model, added.others)] += len(added.others)
+            if added.refused:
+                lora.others[_ONE_STRENGTH] += len(added.refused)
+            if fate := engine.fates.get(added.filename):
+                _count(lora, fate.report)
             found.append(lora)
-    return found
+    return found + _left_out(engine)
 
 
-def _hanging(patcher: Any) -> dict[tuple[str, float, bool], list[str]]:
-    """``(name, strength, stays beside the weights) -> parameter names``, in either of Forge's shapes."""
-    found: dict[tuple[str, float, bool], list[str]] = {}
-    for (filename, strength, _, online), keys in getattr(patcher, "lora_patches", {}).items():
-        found[_stem(filename), strength, bool(online)] = list(keys)
-    for key, wrappers in getattr(patcher, "weight_wrapper_patches", {}).items():
-        for wrapper in wrappers:
-            if hasattr(wrapper, "patch"):
-                found.setdefault((_stem(wrapper.name), wrapper.patch[0][0], True), []).append(key)
-    return found
+def _count(lora: UsedLora, report: FileReport) -> None:
+    """How much of its file this part of the model has."""
+    if lora.part == TEXT_ENCODERS:
+        lora.matched, lora.total = report.on_clip or 0, report.text_encoder
+        return
+    lora.matched, lora.total = report.matched, report.total
+    if report.missing:
+        cause = f" ({report.cause})" if report.cause else ""
+        lora.note = f"{len(report.missing)} not in this model, such as {examples(report.missing)}{cause}"
 
 
-def _stem(filename: Any) -> str:
+def _left_out(engine: Engine) -> list[UsedLora]:
+    """LoRAs of the prompt of which nothing is on the model."""
+    loaded = getattr(engine.host.networks, "loaded_networks", ())
+    names = (getattr(getattr(net, "network_on_disk", None), "filename", None) for net in loaded)
+    fates = {name: engine.fates[name] for name in names if name in engine.fates}
+    return [
+        UsedLora(stem(name), "none", fate.report.strength, matched=fate.report.matched, total=fate.report.total,
+                 note=_why_not(fate.report))
+        for name, fate in fates.items() if not fate.used
+    ]  # fmt: skip
+
+
+def _why_not(report: FileReport) -> str:
+    if not report.matched:
+        return report.line
+    return f"Forge has left it out, since this model has too little of it: {report.line}"
+
+
+def stem(filename: Any) -> str:
+    """What people call a LoRA: its file's name."""
     return os.path.splitext(os.path.basename(str(filename)))[0]
 
 
-def _place(engine: Engine, model: nn.Module, key: str, online: bool, lora: UsedLora) -> None:
+def _with_forge(engine: Engine, model: nn.Module, keys: Sequence[str]) -> str:
+    """Why Forge patches these parameters itself."""
+    ours = any(engine.runs(model, key) for key in keys)
+    return "patched by Forge, as Graft was off" if ours else "patched by Forge: no GGUF layer"
+
+
+def _place(engine: Engine, model: nn.Module, key: str, lora: UsedLora) -> None:
     """Count what becomes of `lora` at one parameter."""
-    if not online:
-        ours = engine.runs(model, key)
-        lora.others["merged by Forge, as Graft was off" if ours else "merged by Forge: no GGUF layer"] += 1
-        return
-    layer = model.get_submodule(key.rpartition(".")[0])
-    state = state_of(layer)
+    state = state_of(model.get_submodule(key.rpartition(".")[0]))
     if state is None or state.refused or engine.settings.mode == "off":
         reason = state.refused if state is not None and state.refused else "Graft is off"
-        lora.others[f"Forge's online mode: {reason}"] += 1
+        lora.others[f"merged by Forge in each step: {reason}"] += 1
     elif not state.path:
         lora.waiting += 1
     elif state.left_out:
@@ -175,6 +214,17 @@ def _place(engine: Engine, model: nn.Module, key: str, online: bool, lora: UsedL
         lora.residual += 1
     else:
         lora.others[f"merged for each call, exactly: {state.reason}"] += 1
+
+
+def int8_of(engine: Engine, model: Any, device: torch.device) -> list[tuple[str, str]]:
+    """Where int8 is asked for: how many layers multiply in it and which do not, or why none does."""
+    if engine.settings.dtype != INT8:
+        return []
+    if reason := int8.unavailable(device):
+        return [("int8", f"not used: {reason}")]
+    states = [state for _, patcher in patchers(model) for _, _, state in gguf_layers(engine, patcher.model)]
+    found = {state.where: state.math for state in states if state.takes_int8}
+    return [("int8", "; ".join(report(found)) or "from the next picture on")]
 
 
 def backend_of(engine: Engine, device: torch.device) -> str:

@@ -9,16 +9,19 @@ from typing import Protocol
 
 import gradio as gr
 
+from ...ops.overview import size
 from . import inspection, pictures
 from .engine import Settings
 from .session import OPTIONS, Part, UsedLora
+from .strengths import REGIONS
 from .verify import CHANGE, RANK, TOKENS, Comparison
 
 _HELP = {
     "graft_mode": "auto: beside the weights, merged for each call where the rank makes that cheaper; "
     "on: always beside; off: Forge's own way",
     "graft_backend": "auto takes the fastest that runs here",
-    "graft_dtype": "auto is what Forge computes in",
+    "graft_dtype": "auto is what Forge computes in; int8 multiplies large layers in int8: faster, about 1 % less "
+    "precise, LoRAs stay exact",
 }
 _OURS, _MERGED, _REQUANTIZED = "#16a34a", "#6b7280", "#dc2626"
 
@@ -30,6 +33,7 @@ class Desk(Protocol):
     def facts(self) -> list[tuple[str, str]]: ...
     def parts(self) -> list[Part]: ...
     def loras(self) -> list[UsedLora]: ...
+    def notes(self) -> list[str]: ...
     def counts(self) -> Counter[tuple[str, str]]: ...
     def settings(self) -> Settings: ...
     def choose(self, option: str, value: str) -> None: ...
@@ -98,6 +102,8 @@ def _loaded(desk: Desk) -> str:
         *(pictures.note(_baked_note(part)) for part in parts if part.baked),
         pictures.heading("LoRAs in use"),
         _loras(desk.loras()),
+        *map(pictures.note, desk.notes()),
+        pictures.note(_TRAINING),
         pictures.heading("Layer calls since the start"),
         _counts(desk.counts()),
     )
@@ -108,7 +114,7 @@ def _part_row(part: Part) -> tuple[str, ...]:
     others = ", ".join(f"{name} {count}" for name, count in part.others.most_common())
     refused = "".join(f"; {count} in Forge's own forward: {why}" for why, count in part.refused.items())
     counted = f"{part.layers}: {types}{refused}" if part.layers else "none"
-    return part.title, part.architecture, counted, others, inspection.size(part.nbytes)
+    return part.title, part.architecture, counted, others, size(part.nbytes)
 
 
 def _baked_note(part: Part) -> str:
@@ -120,25 +126,42 @@ def _baked_note(part: Part) -> str:
 
 def _loras(loras: list[UsedLora]) -> str:
     if not loras:
-        return pictures.note("None. Write <lora:name:weight> into the prompt.")
+        return pictures.note("None. Write <lora:name:weight> into the prompt.") + pictures.note(_WHERE)
     rows = [
-        (f"{lora.name} ×{lora.strength:g}", lora.part, f"{lora.residual}/{lora.layers}", _elsewhere(lora))
+        (_named(lora), lora.part, f"{lora.matched}/{lora.total}" if lora.total else "–",
+         f"{lora.residual}/{lora.layers}", _elsewhere(lora))
         for lora in loras
-    ]
-    columns = ("LoRA", "on", "layers beside the weights", "other layers")
-    return pictures.table(columns, rows, (2,)) + pictures.note(_COLUMNS)
+    ]  # fmt: skip
+    columns = ("LoRA", "on", "of the file", "beside the weights", "the others")
+    return pictures.table(columns, rows, (2, 3)) + pictures.note(_COLUMNS) + pictures.note(_WHERE)
 
+
+_TRAINING = "To train a LoRA on a GGUF model, use the node Train LoRA (Graft) in ComfyUI. The LoRA runs here, too."
 
 _COLUMNS = (
-    "Layers beside the weights: on how many of the layers that it reaches the LoRA is a term of its own beside the "
-    "matmul. Other layers: what happens on the rest, and why."
+    "Of the file: how many of the file's layers this model has. Beside the weights: on how many of these the LoRA runs "
+    "next to the quantized weights, which stay as they are. The others: what happens on the rest, and why."
 )
+
+
+_WHERE = (
+    "A LoRA can work on a part of the picture: <lora:name:1:region=left>. It can work on a part of the steps: "
+    "<lora:name:1:start=0:end=0.25> is the first quarter. Regions: "
+    f"{', '.join(REGIONS)}, or left, top, right and bottom as shares, such as region=0,0,0.5,1; region=not left is all "
+    "the rest. feather=0.1 makes the edge of a region soft. blocks=double 0-9=0.5, single=0 gives weights to blocks."
+)
+
+
+def _named(lora: UsedLora) -> str:
+    return f"{lora.name} ×{lora.strength:g}" + (f", {lora.when.replace(':', ', ')}" if lora.when else "")
 
 
 def _elsewhere(lora: UsedLora) -> str:
     others = [f"{count} {what}" for what, count in lora.others.items()]
     if lora.waiting:
         others.append(f"{lora.waiting} not run yet")
+    if lora.note:
+        others.append(lora.note)
     return "; ".join(others) or "none"
 
 
@@ -158,8 +181,8 @@ def _counts(counts: Counter[tuple[str, str]]) -> str:
 _EXPLANATION = (
     f"Runs the largest layer of each type with a LoRA of rank {RANK} that changes its weights by {CHANGE:.0%}: beside "
     "the weights, as Graft does it; merged into them in each step, as Forge's online mode does; and merged and "
-    "quantized again, as its offline mode does. The errors are those of the LoRA's effect, the times are for "
-    f"{TOKENS} tokens; on small layers they scatter more than they differ."
+    "quantized again, as the offline mode of Forge master does. The errors are those of the LoRA's effect, the times "
+    f"are for {TOKENS} tokens; on small layers they scatter more than they differ."
 )
 
 

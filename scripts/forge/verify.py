@@ -18,9 +18,12 @@ from torch import nn
 
 from ...kernels import GraftError
 from ...ops.adapters import LoRA, Patch
-from ...ops.residual import FactorCache, ResidualStack, RunningResidual
-from .engine import Engine, LayerState
+from ...ops.factors import FactorCache
+from ...ops.layers import LinearMath
+from ...ops.residual import ResidualStack, RunningResidual
+from .engine import Engine
 from .host import Host
+from .layers import LayerState
 from .session import gguf_layers, patchers
 
 RANK = 16
@@ -114,6 +117,8 @@ def _one_of_each(engine: Engine, model: Any) -> Iterator[tuple[str, nn.Module, L
     best: dict[str, tuple[str, nn.Module, LayerState]] = {}
     for _, patcher in patchers(model):
         for path, layer, state in gguf_layers(engine, patcher.model):
+            if not isinstance(state.math, LinearMath):
+                continue
             known = best.get(state.fmt.name)
             if state.fmt.is_quantized and (known is None or state.shape.numel() > known[2].shape.numel()):
                 best[state.fmt.name] = (path, layer, state)
@@ -139,7 +144,7 @@ def _forges(host: Host, trial: Trial, dtype: torch.dtype, into: Comparison) -> N
         return
     weight = weight.to(trial.device)
     weight.gguf_cls.bake(weight)
-    patch = [1.0, ("lora", (trial.lora.up, trial.lora.down, None, None, None)), 1.0, None, None]
+    patch = (1.0, host.value_of(trial.lora, weight.shape), 1.0, None, None)
 
     def merged(dtype: torch.dtype) -> torch.Tensor:
         return host.merge([patch], host.decode(weight).to(dtype), "verify", computation_dtype=dtype)
