@@ -1,18 +1,28 @@
 /**
  * What Graft adds to ComfyUI's front end: the text that our nodes report, whole and readable on the node, and nodes
- * for several files with as many rows as are in use. Both live in the page alone: what a workflow saves and what a
- * prompt holds are the same as without this file.
+ * for several files with as many rows as are in use. Both live in the page alone: the values that a workflow saves and
+ * what a prompt holds are the same as without this file.
  */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { hideIf } from "./hidden.js";
+import { describeFiles } from "./model_files.js";
+import { dropSpareSockets, refreshRows, showRows } from "./lora_rows.js";
+import { translated } from "./reports.js";
+import { say } from "./words.js";
 
-const REPORTING = ["GraftUNETLoader", "GraftCLIPLoader", "GraftLoraStack", "GraftInspect"];
+const REPORTING = [
+  "GraftUNETLoader", "GraftCLIPLoader", "GraftCheckpointLoader", "GraftVAELoader", "GraftControlNetLoader",
+  "GraftModelPatchLoader", "GraftLoraStack", "GraftLora", "GraftInspect", "GraftSaveGGUF", "GraftSaveCLIPGGUF",
+  "GraftSaveLora", "GraftTrainLora", "GraftImportance", "GraftLoadImatrix", "GraftSaveImatrix",
+];
+/** Whether a kind of node does, wrapped by ComfyUI-MultiGPU or not. */
+const reports = (kind) => REPORTING.includes(String(kind).replace(/(?:DisTorch2)?MultiGPU$/, ""));
 const TEXT = "graft_text"; // name of the widget with the text
 const MOST_LINES = 14; // of a text that are seen without scrolling
 /** Numbers and fields of a node's rows that may be folded; `file` is the field that makes a row one in use. */
 const ROWS = {
-  GraftLoraStack: { numbers: [1, 2, 3, 4, 5, 6, 7, 8], fields: ["enabled_", "lora_", "strength_"], file: 1 },
   GraftCLIPLoader: { numbers: [2, 3, 4], fields: ["clip_name"], file: 0 },
 };
 const RUNS = 32; // how far back a text is looked for
@@ -36,10 +46,11 @@ const textWidget = (node) => node.widgets?.find((widget) => widget.name === TEXT
 
 const textOf = (output) => [output?.text ?? []].flat().join("\n");
 
-function show(node, text) {
+function show(node, report) {
+  const text = translated(report);
   const widget = textWidget(node) ?? addTextWidget(node);
   if (!widget) return;
-  said.set(keyOf(node), text);
+  said.set(keyOf(node), report);
   fit(widget, node, text);
   widget.value = text;
   node.setDirtyCanvas?.(true, true);
@@ -50,7 +61,7 @@ function show(node, text) {
 function addTextWidget(node) {
   const widget = app.widgets?.STRING?.(node, TEXT, ["STRING", { multiline: true }], app)?.widget;
   if (!widget?.element) return undefined;
-  widget.label = "report";
+  widget.label = say("report");
   widget.serialize = false; // not in the workflow's widgets_values
   widget.options.serialize = false; // not in the prompt
   widget.options.read_only = true; // in Vue nodes, which draw a text area of their own
@@ -79,9 +90,9 @@ function heightOf(element, text, width, style = "") {
   return scrollHeight;
 }
 
-/** How many lines the text takes in the font of Vue nodes. */
+/** How many lines the text takes in the font of Vue nodes, beside the room that a scroll bar would have. */
 function linesOf(element, text, width) {
-  const height = (lines) => heightOf(element, lines, width - 30, "font-size: 12px; line-height: 16px; padding: 0");
+  const height = (lines) => heightOf(element, lines, width - 45, "font-size: 12px; line-height: 16px; padding: 0");
   return Math.ceil(height(text) / 16);
 }
 
@@ -109,7 +120,7 @@ function same(a, b, id) {
 async function recall({ prompt_id, nodes }) {
   const silent = nodes.filter((id) => {
     const node = nodeOf(id);
-    return REPORTING.includes(node?.comfyClass) && !textWidget(node);
+    return reports(node?.comfyClass) && !textWidget(node);
   });
   if (!silent.length) return;
   const answer = await api.fetchApi(`/history?max_items=${RUNS}`);
@@ -149,48 +160,63 @@ const isFilled = (widget) => Boolean(widget.value) && widget.value !== "None";
 const isLinked = (node, row) =>
   Boolean(node.inputs?.some((slot) => slot.link != null && row.some((widget) => widget.name === slot.widget?.name)));
 
-/**
- * `hidden` is asked for whenever a node is drawn, so it is worked out then, and nothing has to be kept up to date.
- * `last` is the widget of the last row that is seen: the end that a link could have at a hidden one is drawn there.
- */
-function hideIf(widget, isHidden, last) {
-  let { y } = widget;
-  const place = { get: () => (isHidden() ? last().y : y), set: (given) => (y = given) };
-  Object.defineProperty(widget, "y", { configurable: true, enumerable: true, ...place });
-  property(widget, "hidden", isHidden);
-  // canvases that reserve the space of hidden widgets: 4 is what they add to a widget's height
-  property(widget, "computeSize", () => (isHidden() ? () => [0, -4] : undefined));
-  // Vue nodes look here. Those without a reactive state never look again, and show all rows
-  if ("_state" in widget) property(widget.options, "hidden", isHidden);
+const PACK = { cnr_id: "graft", ver: "0.1.0" }; // of the registry, where a recipient gets the pack
+
+/** Tells in a saved node of ours where it and its files come from, whatever pack's node it has taken the place of. */
+function sign({ properties }) {
+  describeFiles(this, properties);
+  if (properties.cnr_id === PACK.cnr_id) return;
+  if (!/(?:^|\/)graft$/i.test(properties.aux_id ?? "")) delete properties.aux_id; // a repository, from the Manager
+  Object.assign(properties, PACK);
 }
 
-/** A property that is `value()`, or else what someone has set it to. */
-function property(object, name, value) {
-  let own = object[name];
-  Object.defineProperty(object, name, {
-    configurable: true,
-    enumerable: true,
-    get: () => value() || own,
-    set: (given) => (own = given),
-  });
+/**
+ * Takes inputs off a subgraph that lead to nothing any more: the front end leaves them where it puts a node of ours in
+ * the place of another pack's, which had an input that ours has not.
+ */
+function dropDeadInputs({ graph }) {
+  const isAlive = (id) => {
+    const link = graph.getLink?.(id) ?? graph.links?.[id];
+    return graph.getNodeById(link?.target_id)?.inputs?.[link.target_slot]?.link === id;
+  };
+  const dead = graph?.removeInput ? graph.inputs.filter((input) => input.linkIds.length && !input.linkIds.some(isAlive)) : [];
+  dead.forEach((input) => graph.removeInput(input));
 }
 
 app.registerExtension({
   name: "Graft",
   setup: listen,
   beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name.startsWith("Graft")) {
+      chain(nodeType.prototype, "onSerialize", sign);
+      chain(nodeType.prototype, "onNodeCreated", function () {
+        setTimeout(() => dropDeadInputs(this)); // once it has its place
+      });
+    }
+    if (nodeData.name === "GraftLoraStack") {
+      chain(nodeType.prototype, "onNodeCreated", function () {
+        showRows(this);
+      });
+      chain(nodeType.prototype, "onConfigure", function () {
+        dropSpareSockets(this);
+        refreshRows(this);
+      });
+      chain(nodeType.prototype, "onConnectionsChange", function () {
+        refreshRows(this);
+      });
+    }
     if (nodeData.name in ROWS) {
       chain(nodeType.prototype, "onNodeCreated", function () {
         foldRows(this, ROWS[nodeData.name]);
       });
     }
-    if (REPORTING.includes(nodeData.name)) {
+    if (reports(nodeData.name)) {
       chain(nodeType.prototype, "onExecuted", function (output) {
         if (textOf(output)) show(this, textOf(output));
       });
     }
   },
   loadedGraphNode(node) {
-    if (REPORTING.includes(node.comfyClass) && said.has(keyOf(node))) show(node, said.get(keyOf(node)));
+    if (reports(node.comfyClass) && said.has(keyOf(node))) show(node, said.get(keyOf(node)));
   },
 });
