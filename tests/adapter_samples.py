@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from graft.ops import layers
 from graft.ops.adapters import Patch, Region, from_host
-from graft.ops.residual import FactorCache, ResidualStack
+from graft.ops.factors import FactorCache
+from graft.ops.residual import ResidualStack
 
 Value = tuple
 Shape = tuple[int, ...]

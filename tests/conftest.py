@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ sys.path.append(str(Path(__file__).parent))  # for `import oracle`: importlib mo
 # could import: give it one that does nothing
 for name in (ROOT.name, "__init__"):
     sys.modules.setdefault(name, types.ModuleType(name))
+
 if not torch.cuda.is_available():
     # read when Triton is imported. With a GPU the same tests compile the kernels and run them there
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -38,6 +40,46 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     from graft.kernels import cpu
 
     monkeypatch.setattr(cpu, "SLOW_DTYPES", frozenset())
+
+
+TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+"""Forge comes with 2.3, ComfyUI with whatever is newest."""
+
+SHARED = pytest.StashKey[Path]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One folder for all processes that run tests."""
+    own = tmp_path_factory.getbasetemp()
+    request.config.stash[SHARED] = own.parent if hasattr(request.config, "workerinput") else own
+
+
+def _once_a_host(item: pytest.Item) -> Generator[None, object, object]:
+    """A host that cannot start is one failure: the tests after the first that finds it so are skipped."""
+    from hosts import CannotStart
+
+    try:
+        return (yield)
+    except CannotStart as error:
+        host, reason = error.host, str(error)
+    try:
+        (item.config.stash[SHARED] / f"{host} cannot start").touch(exist_ok=False)
+    except FileExistsError:
+        reason = ""
+    if reason:
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(f"{host} cannot start: another test fails of it and says why")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _once_a_host(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _once_a_host(item))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import ROOT
+from forge import Forge
 from gguf_samples import write_gguf
 from hosts import Host
 from PIL import Image
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 WIDTH, DEPTH = 256, 2
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")
 MIXED = ("Q4_K", "Q4_0", "Q5_0", "Q6_K", "Q8_0", "IQ3_S")
+CREDENTIALS = "toy:secret"
 EXTENSION = Path(__file__).parent / "in_forge" / "toy_extension"
 
 
@@ -74,23 +76,62 @@ def flux_tensors(
     return tensors
 
 
-def t5_tensors(kind: str) -> dict[str, tuple[np.ndarray, str]]:
-    """A T5 encoder under the names of llama.cpp, as all GGUF files of it have."""
+def t5_tensors(
+    kind: str, width: int = WIDTH, words: int = 32128, is_umt5: bool = False
+) -> dict[str, tuple[np.ndarray, str]]:
+    """A T5 encoder under the names of llama.cpp, as all GGUF files of it have; UMT5 has positions in each block."""
     rng = np.random.default_rng(1)
 
     def normal(rows: int, columns: int) -> np.ndarray:
         return rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5)
 
-    tensors = {"token_embd.weight": (normal(32128, WIDTH), "Q8_0")}
-    tensors["enc.blk.0.attn_rel_b.weight"] = normal(32, 4), "F32"
-    tensors["enc.output_norm.weight"] = np.ones(WIDTH, np.float32), "F32"
+    tensors = {"token_embd.weight": (normal(words, width), "Q8_0")}
+    tensors["enc.output_norm.weight"] = np.ones(width, np.float32), "F32"
     for block in range(2):
         name = f"enc.blk.{block}"
-        shapes = {f"attn_{part}": (WIDTH, WIDTH) for part in "qkvo"}
-        shapes |= {"ffn_gate": (512, WIDTH), "ffn_up": (512, WIDTH), "ffn_down": (WIDTH, 512)}
+        if is_umt5 or block == 0:
+            tensors[f"{name}.attn_rel_b.weight"] = normal(32, 2 if is_umt5 else 4), "F32"
+        shapes = {f"attn_{part}": (width, width) for part in "qkvo"}
+        shapes |= {"ffn_gate": (2 * width, width), "ffn_up": (2 * width, width), "ffn_down": (width, 2 * width)}
         tensors |= {f"{name}.{part}.weight": (normal(*shape), kind) for part, shape in shapes.items()}
-        tensors |= {f"{name}.{norm}.weight": (np.ones(WIDTH, np.float32), "F32") for norm in ("attn_norm", "ffn_norm")}
+        tensors |= {f"{name}.{norm}.weight": (np.ones(width, np.float32), "F32") for norm in ("attn_norm", "ffn_norm")}
     return tensors
+
+
+ENCODERS = {
+    "gemma2": (2304, 256, 2, 1), "mistral3": (3072, 128, 4, 2), "qwen3vl": (2560, 128, 4, 2),
+    "qwen3": (2560, 128, 4, 2), "qwen2vl": (3584, 128, 4, 4),
+}  # fmt: skip
+"""Text encoders by what llama.cpp calls them: width, width of a head, heads of queries, heads of keys."""
+
+
+def write_encoder(architecture: str, path: Path) -> Path:
+    """A small text encoder under the names of llama.cpp, in three types."""
+    width, head, heads, kv_heads = ENCODERS[architecture]
+    rng = np.random.default_rng(2)
+
+    def normal(rows: int, columns: int, kind: str) -> tuple[np.ndarray, str]:
+        return rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5), kind
+
+    def norm(size: int) -> tuple[np.ndarray, str]:
+        return 1 + 0.1 * rng.standard_normal(size, dtype=np.float32), "F32"
+
+    tensors = {"token_embd.weight": normal(512, width, "Q6_K"), "output_norm.weight": norm(width)}
+    for block in range(2):
+        name = f"blk.{block}"
+        for part, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            tensors[f"{name}.attn_{part}.weight"] = normal(rows * head, width, "Q4_K")
+            if architecture == "qwen2vl":
+                tensors[f"{name}.attn_{part}.bias"] = 0.1 * norm(rows * head)[0], "F32"
+            if architecture.startswith("qwen3") and part != "v":
+                tensors[f"{name}.attn_{part}_norm.weight"] = norm(head)
+        tensors[f"{name}.attn_output.weight"] = normal(width, heads * head, "Q8_0")
+        tensors |= {f"{name}.ffn_{part}.weight": normal(256, width, "Q4_K") for part in ("gate", "up")}
+        tensors[f"{name}.ffn_down.weight"] = normal(width, 256, "Q8_0")
+        more = ("post_attention_norm", "post_ffw_norm") if architecture == "gemma2" else ()
+        tensors |= {f"{name}.{part}.weight": norm(width) for part in ("attn_norm", "ffn_norm", *more)}
+    about = {"attention.head_count": heads, "attention.head_count_kv": kv_heads, "embedding_length": width}
+    return write_gguf(path, tensors, architecture, {f"{architecture}.{key}": value for key, value in about.items()})
 
 
 def _pair(rows: int, columns: int, seed: int, rank: int = 8, size: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +151,27 @@ def _diffusers(name: str, rows: int, columns: int, seed: int) -> dict[str, torch
     return {f"transformer.{name}.lora_B.weight": up, f"transformer.{name}.lora_A.weight": down}
 
 
+DIALECTS = {
+    "native": ("diffusion_model.double_blocks.{}.img_attn.proj", "diffusion_model.single_blocks.{}.linear2"),
+    "PEFT": ("base_model.model.double_blocks.{}.img_attn.proj", "base_model.model.single_blocks.{}.linear2"),
+    "unet": ("unet.transformer_blocks.{}.attn.to_out.0", "unet.single_transformer_blocks.{}.proj_out"),
+    "XLabs": ("double_blocks.{}.processor.proj_lora1", "single_blocks.{}.processor.proj_lora"),
+}
+"""What four trainers call the same two layers of a block."""
+
+
+def _in_dialect(modules: list[str], xlabs: bool) -> dict[str, torch.Tensor]:
+    """One LoRA, whatever its modules are called."""
+    found: dict[str, torch.Tensor] = {}
+    down_name, up_name = ("down", "up") if xlabs else ("lora_A", "lora_B")
+    for index, module in enumerate(modules):
+        up, down = _pair(WIDTH, WIDTH if index % 2 == 0 else 5 * WIDTH, 110 + index)
+        found |= {f"{module}.{up_name}.weight": up, f"{module}.{down_name}.weight": down}
+    return found
+
+
 def write_loras(folder: Path) -> None:
-    """Four LoRAs: whole layers, slices of fused ones, what is not quantized, and the T5."""
+    """LoRAs of whole layers, slices of fused ones, what is not quantized, the T5; one in four dialects; one of SDXL."""
     folder.mkdir(parents=True, exist_ok=True)
     whole: dict[str, torch.Tensor] = {}
     for block in range(DEPTH):
@@ -138,6 +198,11 @@ def write_loras(folder: Path) -> None:
             name = f"lora_te2_encoder_block_{block}_layer_0_SelfAttention_{part}"
             text |= _kohya(name, WIDTH, WIDTH, 90 + 2 * block + i)
     save_file(text, str(folder / "text.safetensors"))
+    for dialect, names in DIALECTS.items():
+        modules = [name.format(block) for block in range(DEPTH) for name in names]
+        save_file(_in_dialect(modules, dialect == "XLabs"), str(folder / f"{dialect}.safetensors"))
+    other = _kohya("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 64, 64, 99)
+    save_file(other, str(folder / "sdxl.safetensors"))
 
 
 def write_models(host: Host, folder: Path) -> None:
@@ -156,17 +221,21 @@ def write_models(host: Host, folder: Path) -> None:
 class Server:
     """A running Forge with toy models, as a client of its API sees it."""
 
-    def __init__(self, url: str, folder: Path, process: subprocess.Popen) -> None:
-        self.url, self.folder, self.process = url, folder, process
+    def __init__(self, host: Forge, url: str, folder: Path, process: subprocess.Popen) -> None:
+        self.host, self.url, self.folder, self.process = host, url, folder, process
         self.modules = [
             str(folder / "models" / name)
             for name in ("text_encoder/toy-clip.safetensors", "text_encoder/toy-t5.gguf", "VAE/toy-vae.safetensors")
         ]
 
-    def call(self, path: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
+    def call(
+        self, path: str, body: dict[str, Any] | None = None, timeout: float = 120, credentials: str = CREDENTIALS
+    ) -> Any:
         """GET, or POST with a body; the answer as JSON."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        basic = base64.b64encode(credentials.encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {basic}"}
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return json.load(answer)
@@ -221,9 +290,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(host: Host, folder: Path) -> Iterator[Server]:
+def serving(host: Forge, folder: Path, *flags: str) -> Iterator[Server]:
     """Forge with toy models in `folder` and this checkout as one of its extensions, for as long as the block runs."""
-    write_models(host, folder / "models")
+    with host.starting():
+        write_models(host, folder / "models")
     extensions = folder / "extensions"
     extensions.mkdir()
     (extensions / "any-name-at-all").symlink_to(ROOT, target_is_directory=True)
@@ -232,17 +302,17 @@ def serving(host: Host, folder: Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(host.python), "webui.py", "--always-cpu", "--skip-torch-cuda-test", "--skip-version-check", "--api",
-        "--port", str(port), "--no-download-sd-model", "--data-dir", str(folder), "--no-hashing",
-        "--gradio-allowed-path", str(folder), "--gradio-allowed-path", str(host.folder),
+        *host.command, "--api", "--api-auth", CREDENTIALS, "--port", str(port), "--data-dir", str(folder),
+        "--gradio-allowed-path", str(folder), "--gradio-allowed-path", str(host.folder), *flags,
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET"))}
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "SD_WEBUI_RESTARTING": "1"}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=host.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
-        server = Server(f"http://127.0.0.1:{port}", folder, process)
+        server = Server(host, f"http://127.0.0.1:{port}", folder, process)
         try:
-            server.wait(server.starts)
+            with host.starting():
+                server.wait(server.starts)
             yield server
         finally:
             process.terminate()

@@ -6,9 +6,9 @@ import adapter_samples as samples
 import pytest
 import torch
 from adapter_samples import CONV_KINDS, KINDS, LINEAR_KINDS, Sampler, Shape, make_input, make_layer, patch_of, run
-from graft.kernels import cpu, scratch
+from graft.kernels import AdapterError, cpu, scratch
 from graft.ops import layout
-from graft.ops.adapters import Region
+from graft.ops.adapters import Patch, Region, from_host
 from graft.ops.kinds import InputOFT
 
 # sums of some hundreds of products in fp64, in another order
@@ -101,6 +101,26 @@ def test_pefts_oft_turns_an_x_of_any_strides() -> None:
     assert_same(run(layer, x, [patch_of(adapter, shape, 0.5)]), wanted, layer(x))
     strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert_same(run(layer, strided, [patch_of(adapter, shape, 0.5)]), wanted, layer(x))
+
+
+@pytest.mark.parametrize("name", ["oft", "boft", "boft rescaled"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_turns_of_a_single_pixel(name: str, batch: int) -> None:
+    """Its channels lie together, as rows of a matrix do, whatever the strides say."""
+    r, shape = Sampler(7), (16, 4, 3, 3)
+    weight, value = r(*shape, scale=1.0), KINDS[name](r, shape)
+    layer, x = make_layer(shape, weight), r(batch, 4, 3, 3, scale=1.0)
+    wanted = layer.compute_dense(x, samples.merged(weight, value, 0.5))
+    assert wanted.shape == (batch, 16, 1, 1)
+    assert_same(run(layer, x, [patch_of(value, shape, 0.5)]), wanted, layer(x))
+
+
+def test_lokr_of_factors_of_any_strides() -> None:
+    r, shape = Sampler(7), (16, 8)
+    kind, (w1, w2, *rest) = KINDS["lokr"](r, shape)
+    turned = w1.t().contiguous().t(), w2.t().contiguous().t()
+    adapter = from_host((kind, (*turned, *rest)), torch.Size(shape))
+    assert torch.equal(adapter.delta(r(*shape)), from_host((kind, (w1, w2, *rest)), torch.Size(shape)).delta(r(*shape)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
@@ -198,3 +218,72 @@ def test_a_stack_composes_in_the_hosts_order(shape: Shape, seed: int) -> None:
     got = run(layer, x, [patch_of(value, shape, s, region, sm) for value, s, sm, region in stack])
     wanted = layer.compute_dense(x, merge_stack(weight, stack), bias)
     assert_same(got, wanted, layer(x), tolerance=1e-11)
+
+
+FUSED = (48, 32)
+# of parts as they come: equal or not, and of sizes that groups and blocks divide or not
+PARTS = {"divided": (24, 12, 12), "across": (20, 14, 14)}
+APART = [(name, "divided") for name in KINDS if "boft" not in name and "dora in" not in name]
+APART += [(name, "across") for name, _ in APART if not name.startswith("oft")]
+
+
+@pytest.mark.parametrize(("name", "parts"), APART)
+def test_an_adapter_of_a_fused_layer_on_its_parts(name: str, parts: str) -> None:
+    r = Sampler(21)
+    weight, x = r(*FUSED, scale=1.0), make_input(FUSED, r)
+    value = KINDS[name](r, FUSED)
+    adapter, start = from_host(value, FUSED), 0
+    for s in (1.0, -0.5):
+        wanted, start = samples.merged(weight, value, s), 0
+        for rows in PARTS[parts]:
+            own = slice(start, start + rows)
+            layer = make_layer((rows, FUSED[1]), weight[own])
+            got = run(layer, x, [Patch(s, from_host(adapter.rows(start, rows), (rows, FUSED[1])))])
+            assert_same(got, layer.compute_dense(x, wanted[own]), layer(x))
+            part = adapter.rows(start, rows).merged(weight[own].clone(), s)
+            torch.testing.assert_close(part, wanted[own], rtol=TOLERANCE, atol=TOLERANCE)
+            start += rows
+
+
+@pytest.mark.parametrize("name", CONV_KINDS)
+def test_a_convolutions_adapter_on_its_parts(name: str) -> None:
+    r, shape = Sampler(22), (48, 8, 3, 3)
+    value = CONV_KINDS[name](r, shape)
+    adapter, weight = from_host(value, shape), r(*shape, scale=1.0)
+    wanted = samples.merged(weight, value, 0.75)
+    for start, rows in ((0, 20), (20, 28)):
+        own = slice(start, start + rows)
+        layer, x = make_layer((rows, *shape[1:]), weight[own]), make_input(shape, r)
+        got = run(layer, x, [Patch(0.75, adapter.rows(start, rows))])
+        assert_same(got, layer.compute_dense(x, wanted[own]), layer(x))
+
+
+REFUSED_APART = {
+    "boft": (24, "its blocks mix 48 rows of the fused layer"),
+    "oft": (22, "its blocks mix 4 rows of the fused layer"),
+    "dora in": (24, "norms are over all rows of the fused layer"),
+    "dora in over glora": (24, "norms are over all rows of the fused layer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_APART)
+def test_what_needs_the_fused_layer_is_refused(name: str) -> None:
+    rows, reason = REFUSED_APART[name]
+    with pytest.raises(AdapterError, match=reason):
+        from_host(KINDS[name](Sampler(23), FUSED), FUSED).rows(0, rows)
+
+
+def test_butterflies_that_stay_within_the_parts() -> None:
+    """Two stages on blocks of four mix eight rows with each other."""
+    r = Sampler(24)
+    value = ("boft", (r(2, 12, 4, 4), 1 + r(48, 1, scale=0.1), 0.5, None))
+    weight, adapter = r(*FUSED, scale=1.0), from_host(value, FUSED)
+    wanted = samples.merged(weight, value, 0.75)
+    for start, rows in ((0, 32), (32, 16)):
+        got = adapter.rows(start, rows).at_strength(0.75).merged(weight[start : start + rows], 0.75)
+        torch.testing.assert_close(got, wanted[start : start + rows], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_pefts_oft_turns_the_inputs_of_all_parts() -> None:
+    adapter = InputOFT(Sampler(25)(4, 28))
+    assert adapter.rows(16, 8) is adapter

@@ -8,9 +8,10 @@ import pytest
 import torch
 from graft.kernels import by_name
 from graft.ops import layers
-from graft.ops.lora_file import load_adapters
+from graft.ops.factors import FactorCache
+from graft.ops.files.lora import load_adapters
 from graft.ops.packed import PackedTensor
-from graft.ops.residual import FactorCache, ResidualStack
+from graft.ops.residual import ResidualStack
 from safetensors.torch import save_file
 from torch import nn
 

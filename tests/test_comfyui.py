@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import re
 
 import pytest
-from hosts import ROOT, Host, comfyui_hosts
+from hosts import ROOT, CannotStart, Host, comfyui_hosts
 
 HOSTS = comfyui_hosts()
 FOLDER = ROOT / "tests" / "in_comfyui"
 # large models, compilers and servers have a process to themselves; the others share one, since ComfyUI takes its time
-ALONE = ("test_adapter_models", "test_compile", "test_example_workflow", "test_generate", "test_server")
-SUITES = {name: [FOLDER / f"{name}.py"] for name in ALONE}
-SUITES["others"] = sorted(path for path in FOLDER.glob("test_*.py") if path.stem not in ALONE)
+ALONE = ("test_adapter_models", "test_churn", "test_compile", "test_example_workflow", "test_generate", "test_server")
+DYNAMIC = "dynamic VRAM"
+LONG = ("test_train", "test_train_architectures")
+"""Among the others, but as long as they are."""
+DYNAMICALLY = (
+    "test_dynamic_vram", "test_merging", "test_isolation", "test_nodes", "test_controlnets", "test_text_encoders",
+)  # fmt: skip
+# the long ones first, so that no process is left with one of them at the end
+SUITES = {
+    "others": sorted(p for p in FOLDER.glob("test_*.py") if p.stem not in (*ALONE, "test_dynamic_vram")),
+    # played without a GPU, on hosts that have it
+    DYNAMIC: [FOLDER / f"{name}.py" for name in DYNAMICALLY],
+    **{name: [FOLDER / f"{name}.py"] for name in ALONE},
+}
+EVERYTHING = bool(os.environ.get("GRAFT_EVERY_HOST"))
+"""Every suite in every host, as `make hosts` has it; what takes longest is else left to the oldest and the newest."""
+
+
+def hosts_of(suite: str) -> list[Host]:
+    if suite == DYNAMIC:
+        able = [host for host in HOSTS if host.has_dynamic_vram]
+        return able if EVERYTHING else able[-1:]
+    if suite in ("test_adapter_models", "test_generate", "test_compile", "test_churn") and not EVERYTHING:
+        return [host for host in HOSTS if host in (HOSTS[0], HOSTS[-1])]
+    return HOSTS
+
+
+RUNS = [(host, suite) for suite in SUITES for host in hosts_of(suite)]
 
 
 @pytest.mark.host
@@ -22,17 +49,40 @@ def test_a_comfyui_is_installed() -> None:
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("suite", SUITES)
-@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+@pytest.mark.parametrize(("host", "suite"), RUNS, ids=[f"{host.name}-{suite}" for host, suite in RUNS])
 def test_in_comfyui(host: Host, suite: str) -> None:
     here = str(FOLDER)
+    in_all = EVERYTHING or host in (HOSTS[0], HOSTS[-1])
+    files = [str(path) for path in SUITES[suite] if in_all or path.stem not in LONG]
     ran = host.run(
-        "-m", "pytest", *map(str, SUITES[suite]), "--import-mode=importlib", "-q", "-x", "-rs",
+        "-m", "pytest", *files, "--import-mode=importlib", "-q", "-x", "-rs",
         "-p", "no:cacheprovider", "--rootdir", here, "--confcutdir", here, "-c", "/dev/null",
-        COMFYUI_PATH=str(host.folder),
+        COMFYUI_PATH=str(host.folder), GRAFT_DYNAMIC_VRAM="1" if suite == DYNAMIC else "",
     )  # fmt: skip
     if "No module named pytest" in ran.stdout:
         pytest.skip(f"{host.name} has no pytest: install it into {host.python}")
-    passed = re.search(r"(\d+) passed", ran.stdout)
-    assert ran.returncode == 0 and passed, f"in {host.folder}:\n{ran.stdout[-8000:]}"
+    output = f"in {host.folder}:\n{ran.stdout[-8000:]}"
+    if not re.search(r"\d+ (passed|failed|errors?|skipped)\b", ran.stdout):
+        raise CannotStart(host.name, output)
+    assert ran.returncode == 0 and re.search(r"\d+ passed", ran.stdout), output
     print(f"{host.name}: {ran.stdout.strip().splitlines()[-1]}")
+
+
+@pytest.mark.host
+@pytest.mark.skipif(not HOSTS, reason="no ComfyUI found")
+def test_the_benchmark_on_a_gpu_runs_without_one(tmp_path) -> None:
+    """In the newest ComfyUI on its CPU, with small blocks: what is not there is a line, and stops nothing."""
+    host, out = HOSTS[-1], tmp_path / "comfyui.csv"
+    ran = host.run(
+        str(ROOT / "benchmarks" / "bench_comfy.py"), "--gpu", "--device", "cpu", "--width", "256", "--side", "8",
+        "--text", "8", "--turns", "1", "--types", "Q8_0", "--variants", "bf16", "peer", "graft", "--out", str(out),
+        COMFYUI_PATH=str(host.folder), COMFYUI_PYTHON=str(host.python), COMFYUI_GGUF=str(tmp_path / "nowhere"),
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    steps = {(row["variant"], row["loras"], row["turn"]): float(row["seconds"]) for row in rows if not row["note"]}
+    assert set(steps) == {(v, n, turn) for v in ("bf16", "graft") for n in "014" for turn in "01"}
+    assert all(seconds > 0 for seconds in steps.values())
+    assert [row["variant"] for row in rows if row["note"]] == ["peer"]
+    assert "| Q8_0 | 4 | Graft |" in ran.stdout and "KeyError" in ran.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,18 +14,22 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from graft import kernels
 from graft.kernels import (
     FORMATS,
     CorruptFile,
+    GraftError,
     LowRank,
     NoBackend,
+    OutOfMemory,
     UnsupportedFormat,
     backends,
     by_name,
     cpu,
     decoded_rows,
     dequantize,
+    dispatch,
     embedding,
     linear,
     scratch,
@@ -425,6 +430,37 @@ def test_a_row_larger_than_the_budget_still_passes(monkeypatch):
     assert scratch.rows_per_chunk(CPU, 1 << 20, torch.float32) == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "budget", "step"),
+    [
+        (21504, 128 << 20, 21824),  # Flux's largest weight in bf16, whole
+        (21504, 64 << 20, 10752),
+        (12288, 64 << 20, 6144),
+        (100, 6144 * 80, 64),
+        (100, 6144 * 40, 34),
+        (40, 6144 * 40, 40),
+        (1, 6144, 1),
+    ],
+)
+def test_chunks_are_equally_large(monkeypatch, rows, budget, step):
+    monkeypatch.setattr(scratch, "CPU_BYTES", budget)
+    assert scratch.rows_per_chunk(CPU, 3072, torch.bfloat16, rows=rows) == step
+    assert step <= scratch.rows_per_chunk(CPU, 3072, torch.bfloat16)
+
+
+def test_a_graph_that_is_captured_gets_memory_of_its_own(monkeypatch):
+    scratch.release()
+    monkeypatch.setattr(scratch, "_is_captured", lambda device: True)
+    first, second = (scratch.take(CPU, 2, 4, torch.float32) for _ in range(2))
+    assert first.data_ptr() != second.data_ptr() and not hasattr(scratch._local, "buffers")
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch before 2.8 has no such tag")
+def test_operators_stay_outside_of_cuda_graphs():
+    for operator in (torch.ops.graft.linear, torch.ops.graft.dequantize):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+
+
 def test_threads_do_not_share_a_scratch(monkeypatch):
     """Four at once, each with a weight of its own, chunk by chunk: as alone."""
     monkeypatch.setattr(scratch, "CPU_BYTES", 2 * 512 * 4)
@@ -525,3 +561,145 @@ def test_unknown_backends_are_named():
     ):
         with pytest.raises(NoBackend, match="no backend 'numpy'"):
             call()
+
+
+# where memory runs out
+
+FULL = (
+    getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)("CUDA out of memory. Tried to allocate 64.00 MiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
+)
+out_of_memory = pytest.mark.parametrize("error", FULL, ids=["CUDA", "Linux", "Windows"])
+
+
+@pytest.fixture
+def wide_chunks(monkeypatch):
+    """Chunks of 64 rows of 512 weights in fp32, and a floor of 4 rows."""
+    scratch.release()
+    monkeypatch.setattr(scratch, "CPU_BYTES", 64 * 512 * 4)
+    monkeypatch.setattr(scratch, "SMALLEST_BYTES", 4 * 512 * 4)
+    yield
+    scratch.release()
+
+
+@out_of_memory
+@host_backends
+def test_a_chunk_that_memory_has_no_room_for_is_halved(error, backend, wide_chunks, monkeypatch):
+    data, weights = rows_of(by_name("Q4_K"), 64, 512)
+    x, bias = normal(8, 512), normal(64)
+    low_rank = LowRank(normal(16, 512, seed=1), torch.ones(16), ((0, 0, normal(64, 16, seed=2)),))
+    take, asked = scratch.take, []
+
+    def small(device, rows, *args):
+        asked.append(rows)
+        if rows > 16:
+            raise error
+        return take(device, rows, *args)
+
+    monkeypatch.setattr(scratch, "take", small)
+    got = linear(x, data, "Q4_K", bias, low_rank, backend=backend)
+    assert asked == [64, 32, 16, 16, 16, 16]
+    residual = (x.double() @ low_rank.down.double().t()) @ low_rank.ups[0][2].double().t()
+    assert_close(got, x, weights, bias.double() + residual, bias.abs() + residual.abs())
+    # full memory is remembered, until what is there is given back
+    asked.clear()
+    linear(x, data, "Q4_K", backend=backend)
+    assert asked == [16] * 4
+    scratch.release()
+    monkeypatch.setattr(scratch, "take", take)
+    assert scratch.rows_per_chunk(CPU, 512, torch.float32) == 64
+
+
+@out_of_memory
+def test_a_product_that_memory_has_no_room_for_runs_again(error, wide_chunks, monkeypatch):
+    data, _ = rows_of(by_name("Q6_K"), 64, 512)
+    x = normal(8, 512)
+    low_rank = LowRank(normal(16, 512, seed=1), torch.ones(16), ((0, 0, normal(64, 16, seed=2)),))
+    want = linear(x, data, "Q6_K", None, low_rank)
+    multiply, sizes = dispatch._multiply, []
+
+    def full_at_the_second(x, weight, *args):
+        sizes.append(weight.shape[0])
+        if sizes == [64] or sizes == [64, 32, 32]:
+            raise error
+        multiply(x, weight, *args)
+
+    monkeypatch.setattr(dispatch, "_multiply", full_at_the_second)
+    got = linear(x, data, "Q6_K", None, low_rank)
+    assert sizes == [64, 32, 32, *[16] * 4]
+    # chunks of the same rows, added to once: the same sums in another order
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+
+
+@out_of_memory
+def test_full_memory_is_said_where_nothing_helps(error, wide_chunks, monkeypatch):
+    data, _ = rows_of(by_name("Q4_0"), 64, 512)
+
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(scratch, "take", full)
+    with pytest.raises(OutOfMemory, match=r"the memory of cpu is full.*make the picture") as raised:
+        linear(normal(8, 512), data, "Q4_0")
+    # hosts unload their models where torch's own is raised
+    assert isinstance(raised.value, GraftError) and isinstance(raised.value, type(FULL[0]))
+
+
+def test_other_errors_are_not_tried_again(wide_chunks, monkeypatch):
+    data, _ = rows_of(by_name("Q4_0"), 64, 512)
+    calls = []
+
+    def broken(*args):
+        calls.append(args)
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+    monkeypatch.setattr(dispatch, "_multiply", broken)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        linear(normal(8, 512), data, "Q4_0")
+    assert len(calls) == 1
+
+
+LITTLE_MEMORY = """
+import resource, sys, types
+package = types.ModuleType("graft")
+package.__path__ = [sys.argv[1]]
+sys.modules["graft"] = package
+import torch
+from graft.kernels import dequantize, linear
+torch.set_num_threads(1)
+data = torch.randint(0, 64, (2048, 8192 // 32 * 34), dtype=torch.uint8)
+x = torch.ones(1, 8192)
+want = linear(x, data, "Q8_0", backend="torch")
+from graft.kernels import scratch
+scratch.release()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), resource.RLIM_INFINITY))
+got = linear(x, data, "Q8_0", backend="torch")
+assert scratch._halvings()[x.device] > 0, "nothing ran out"
+print((got - want).abs().max().item() <= 1e-5 * want.abs().max().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit that Linux has")
+def test_a_process_that_has_little_memory_left_decodes_less_at_a_time():
+    ran = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(ROOT)], text=True, capture_output=True, timeout=120, check=False
+    )
+    assert ran.stdout.strip() == "True", ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("features", "slow"),
+    [
+        ({"avx2"}, {torch.bfloat16, torch.float16}),
+        ({"avx2", "avx512_f", "avx512_vnni"}, {torch.bfloat16, torch.float16}),
+        ({"avx2", "avx512_f", "avx512_bf16"}, {torch.float16}),
+        ({"avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16"}, set()),
+        (set(), set()),
+    ],
+)
+def test_dtypes_without_instructions_are_slow(features, slow, monkeypatch):
+    """Where nobody tells what a processor has, as on other kinds of it, nothing is."""
+    monkeypatch.setattr(cpu, "_features", lambda: frozenset(features))
+    assert cpu._slow_dtypes() == slow

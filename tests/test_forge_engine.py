@@ -1,7 +1,8 @@
-"""Graft's engine for Forge without a Forge: the re-layout, and stand-ins of the shape that newer branches have."""
+"""Graft's engine for Forge without a Forge: the re-layout, and stand-ins of the shape that Forge Neo has."""
 
 from __future__ import annotations
 
+import copy
 import math
 import types
 from collections.abc import Callable
@@ -9,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from graft.kernels import UnsupportedFormat, by_name, dequantize
+from graft.kernels import AdapterError, UnsupportedFormat, by_name, dequantize, int8
+from graft.ops.int8 import Rule, use_int8
+from graft.ops.overview import size
 from graft.scripts.forge import layout, session
-from graft.scripts.forge.engine import STATE, Engine, ForeignType, Settings, state_of
+from graft.scripts.forge.engine import Engine, Settings
 from graft.scripts.forge.host import Host
-from graft.scripts.forge.inspection import files, inspect, size
-from graft.scripts.forge.patches import Reader, host_patches
+from graft.scripts.forge.inspection import files, inspect
+from graft.scripts.forge.layers import STATE, state_of
+from graft.scripts.forge.patches import Reader, carried, foreign
+from graft.scripts.forge.reading import ForeignType
+from graft.scripts.forge.strengths import REGIONS, Told, taken_from
 from oracle import quantize, random_blocks
 from safetensors.torch import save_file
 from torch import nn
@@ -96,19 +102,6 @@ def decode(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.gguf_cls is None else weight.gguf_cls.dequantize_pytorch(weight)
 
 
-class OnlineLoRAPatch:
-    def __init__(self, name: str, key: str, patch: list) -> None:
-        self.name, self.key, self.patch = name, key, [patch]
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        return merge(self.patch, weight, self.key)
-
-
-class LowVramPatch:
-    def __init__(self, key: str, patches: dict) -> None:
-        self.key, self.patches = key, patches
-
-
 class Adapter:
     """LoRAs are objects there, not tuples."""
 
@@ -119,26 +112,42 @@ class Adapter:
 
 
 class Patcher:
+    """A patcher that says itself how it adds patches; older ones of Neo know no `online_mode`."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.weight_wrapper_patches: dict[str, list] = {}
+        self.model_options: dict[str, Any] = {}
         self.patches: dict[str, list] = {}
+        self.asked: list[bool | None] = []
+
+    def clone(self) -> Patcher:
+        made = type(self)(self.model)
+        made.model_options, made.patches = copy.deepcopy(self.model_options), dict(self.patches)
+        return made
 
     def add_patches(
         self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0, *, filename: str | None = None,
         online_mode: bool | None = None,
     ) -> list:  # fmt: skip
+        self.asked.append(online_mode)
+        return self._add(patches, strength_patch)
+
+    def _add(self, patches: dict, strength: float) -> list:
         for key, value in patches.items():
             name, offset = key if isinstance(key, tuple) else (key, None)
-            patch = [strength_patch, value, strength_model, offset, None]
-            if online_mode:
-                wrapper = OnlineLoRAPatch(filename, name, patch)
-                self.weight_wrapper_patches.setdefault(name, []).append(wrapper)
-                layer = self.model.get_submodule(name.rpartition(".")[0])
-                getattr(layer, name.rpartition(".")[2] + "_function").append(wrapper)
-            else:
-                self.patches.setdefault(name, []).append(patch)
+            self.patches.setdefault(name, []).append([strength, value, 1.0, offset, None])
         return list(patches)
+
+    def patch_model(self) -> nn.Module:
+        return self.model
+
+    def memory_required(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape)
+
+
+class OlderPatcher(Patcher):
+    def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+        return self._add(patches, strength_patch)
 
 
 def merge(patches: list, weight: torch.Tensor, key: str, computation_dtype: Any = None) -> torch.Tensor:
@@ -149,10 +158,14 @@ def merge(patches: list, weight: torch.Tensor, key: str, computation_dtype: Any 
     return weight
 
 
-@pytest.fixture
-def engine() -> Any:
-    host = Host("a newer Forge", type("GGUFLinear", (Linear,), {}), type("ModelPatcher", (Patcher,), {}), merge, decode)
-    made = Engine(host)
+def host(patcher: type = Patcher) -> Host:
+    layers = {"Linear": type("GGUFLinear", (Linear,), {})}
+    return Host("a newer Forge", layers, type("ModelPatcher", (patcher,), {}), "patch_model", merge, decode)
+
+
+@pytest.fixture(params=[Patcher, OlderPatcher])
+def engine(request: pytest.FixtureRequest) -> Any:
+    made = Engine(host(request.param))
     made.install()
     yield made
     made.uninstall()
@@ -163,7 +176,7 @@ def model_for(engine: Engine, kind: str = "Q4_K") -> nn.Module:
     weights = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
     data = weights if kind == "F32" else quantize(weights, by_name(kind))
     model = nn.Module()
-    model.linear, model.norm = engine.host.linear(), nn.LayerNorm(ROWS)
+    model.linear, model.norm = engine.host.layers["Linear"](), nn.LayerNorm(ROWS)
     bias = Parameter(torch.linspace(-1, 1, ROWS), None, (ROWS,))
     weight = Parameter(data, None if kind == "F32" else kind, (ROWS, COLUMNS))
     model.linear._load_from_state_dict({"weight": weight, "bias": bias}, "")
@@ -188,28 +201,96 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
     return bool((got - want).abs().max() <= 1e-5 * want.abs().max())
 
 
+def with_loras(engine: Engine, model: nn.Module, patches: dict, strength: float = 1.0) -> Patcher:
+    """A patcher of the model that carries them, loaded."""
+    patcher = engine.host.patcher(model)
+    patcher.add_patches(patches, strength)
+    patcher.patch_model()
+    return patcher
+
+
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "IQ4_XS", "F32"])
-def test_callables_on_the_layer_become_residuals(engine: Engine, kind: str) -> None:
+def test_loras_become_residuals(engine: Engine, kind: str) -> None:
     model, x = model_for(engine, kind), activations()
     base = model.linear(x)
-    patcher = engine.host.patcher(model)
     whole, part = adapter(), adapter(1, 8)
+    plain = engine.host.patcher(model)
+    patcher = plain.clone()
     loaded = patcher.add_patches(
-        {"linear.weight": whole, ("linear.weight", (0, 4, 8)): part, "norm.weight": adapter(2)}, 0.5, filename="a/b.x"
+        {"linear.weight": whole, ("linear.weight", (0, 4, 8)): part, "norm.weight": adapter(2)}, 0.5
     )
     assert isinstance(loaded, list) and len(loaded) == 3
-    assert set(patcher.weight_wrapper_patches) == {"linear.weight"} and set(patcher.patches) == {"norm.weight"}
+    (added,) = carried(patcher)
+    assert set(added.ours) == {"linear.weight"} and added.others == ("norm.weight",)
+    assert set(patcher.patches) == {"norm.weight"} and not carried(plain)
+    assert torch.equal(model.linear(x), base)  # not before the patcher is loaded
+    patcher.patch_model()
     effect = torch.nn.functional.linear(x, delta(whole))
     effect[:, 4:12] += torch.nn.functional.linear(x, delta(part))
     assert close(model.linear(x) - base, 0.5 * effect)
     assert model.linear.forwards == 0 and set(engine.counts) == {("base", ""), ("residual", "")}
-    model.linear.weight_function.clear()
+    plain.patch_model()
     assert torch.equal(model.linear(x), base) and state_of(model.linear).residual is None
+
+
+def test_what_is_not_ours_is_added_as_the_caller_asks() -> None:
+    engine = Engine(host())
+    engine.install()
+    model = model_for(engine)
+    patcher = engine.host.patcher(model)
+    for online in (None, False, True):
+        patcher.add_patches({"linear.weight": adapter(), "norm.weight": adapter()}, online_mode=online)
+    patcher.add_patches({"linear.weight": adapter()}, online_mode=False)
+    assert patcher.asked == [None, False, True] and len(carried(patcher)) == 4  # the last one is none of its business
+    engine.uninstall()
+
+
+@pytest.mark.skipif(int8.unavailable(torch.device("cpu")) is not None, reason="no int8 products on this processor")
+def test_int8_in_a_diffusion_model_and_nowhere_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Rule(columns=COLUMNS, rows=ROWS)
+    monkeypatch.setattr("graft.scripts.forge.engine.use_int8", lambda found, names: use_int8(found, names, rule))
+    monkeypatch.setattr(int8, "LEAST_ROWS", 3)
+    encoder, model, x = model_for(engine), model_for(engine), activations()
+    model.diffusion_model = nn.Module()
+    model.diffusion_model.blocks = nn.ModuleList([nn.Module()])
+    model.diffusion_model.blocks[0].linear = model.linear
+    del model.linear
+    linear = model.diffusion_model.blocks[0].linear
+    whole = adapter()
+    patchers = [
+        with_loras(engine, encoder, {"linear.weight": whole}, 0.5),
+        with_loras(engine, model, {"diffusion_model.blocks.0.linear.weight": whole}, 0.5),
+    ]
+    usual = linear(x)
+    engine.configure(Settings(dtype="int8"))
+    objects = types.SimpleNamespace(unet=patchers[1], clip=types.SimpleNamespace(patcher=patchers[0]))
+    checkpoint = types.SimpleNamespace(forge_objects=objects)
+    device = torch.device("cpu")
+    assert session.int8_of(engine, checkpoint, device) == [("int8", "from the next picture on")]
+    assert torch.equal(encoder.linear(x), usual)
+    got = linear(x)
+    assert 1e-3 < (got - usual).norm() / usual.norm() < 0.02 and linear.forwards == 0
+    assert session.int8_of(engine, checkpoint, device) == [("int8", "1 layer in int8, where there are many tokens")]
+    engine.host.patcher(model).patch_model()
+    base = torch.nn.functional.linear(x, delta(whole))
+    assert close(got - linear(x), 0.5 * base)  # the LoRA itself is not rounded
+    engine.configure(Settings())
+    assert session.int8_of(engine, checkpoint, device) == []
+    with_loras(engine, model, {"diffusion_model.blocks.0.linear.weight": whole}, 0.5)
+    assert torch.equal(linear(x), usual)
+
+
+def test_memory_for_factors_is_asked_for(engine: Engine) -> None:
+    model = model_for(engine)
+    patcher = with_loras(engine, model, {"linear.weight": adapter()})
+    assert patcher.memory_required((2, 3)) == 6 + 2 * 4 * (ROWS + COLUMNS)  # in fp16
+    model.computation_dtype = torch.float32
+    assert patcher.memory_required((2, 3)) == 6 + 4 * 4 * (ROWS + COLUMNS)
 
 
 def test_under_autocast_a_layer_gives_what_forges_own_gives(engine: Engine) -> None:
     model, x = model_for(engine), activations()
-    engine.host.patcher(model).add_patches({"linear.weight": adapter()}, 0.5, filename="a")
+    with_loras(engine, model, {"linear.weight": adapter()}, 0.5)
     for dtype in ("auto", "fp32"):
         engine.configure(Settings(dtype=dtype))
         wanted = model.linear(x.bfloat16() if dtype == "auto" else x).bfloat16()
@@ -219,13 +300,6 @@ def test_under_autocast_a_layer_gives_what_forges_own_gives(engine: Engine) -> N
     engine.configure(Settings(mode="off"))
     with torch.autocast("cpu", torch.bfloat16):
         assert model.linear(x).dtype == torch.bfloat16
-
-
-def test_patches_of_offloaded_layers_are_read_too(engine: Engine) -> None:
-    model, x = model_for(engine), activations()
-    base, lora = model.linear(x), adapter()
-    model.linear.weight_function = [LowVramPatch("linear.weight", {"linear.weight": [(0.25, lora, 1.0, None, None)]})]
-    assert close(model.linear(x) - base, 0.25 * torch.nn.functional.linear(x, delta(lora)))
 
 
 def test_unknown_functions_go_to_forges_own_forward_and_are_counted(engine: Engine) -> None:
@@ -274,7 +348,7 @@ def test_off_is_forges_own(engine: Engine) -> None:
     assert engine.configure(Settings(mode="off")) and not engine.configure(Settings(mode="off", dtype="fp16"))
     patcher = engine.host.patcher(model)
     patcher.add_patches({"linear.weight": adapter()})
-    assert patcher.patches and not patcher.weight_wrapper_patches
+    assert patcher.patches and carried(patcher)[0].others == ("linear.weight",)
     assert (model.linear(x) - base).abs().max() <= 2**-9 * base.abs().max() and model.linear.forwards == 1
     assert engine.configure(Settings())
     assert torch.equal(model.linear(x), base)
@@ -290,12 +364,12 @@ def test_a_backend_that_cannot_run_here_gives_way(engine: Engine) -> None:
 
 
 def test_hooks_go_in_once_and_out_again(engine: Engine) -> None:
-    linear = engine.host.linear
+    linear, patcher = engine.host.layers["Linear"], engine.host.patcher
     hooked = linear.forward
     engine.install()
     assert linear.forward is hooked
     engine.uninstall()
-    assert linear.forward is Linear.forward and engine.host.patcher.add_patches is Patcher.add_patches
+    assert linear.forward is Linear.forward and patcher.add_patches is patcher.__base__.add_patches
     engine.install()
     outer = linear.forward
     linear.forward = lambda self, x: outer(self, x) + 1  # another extension over ours
@@ -347,11 +421,13 @@ def test_the_same_tensors_are_read_once() -> None:
     assert len(reader.known) == 3 and not Reader(reader.known).known
 
 
-def test_patch_lists_of_both_shapes() -> None:
+def test_what_others_hang_on_a_layer() -> None:
     layer = nn.Module()
+    assert not foreign(layer)
     layer.forge_online_loras = {"weight": [[1.0, "a", 1.0, None, None]]}
-    layer.weight_function = [OnlineLoRAPatch("f", "k", [0.5, "b", 1.0, None, None])]
-    assert [p[1] for p in host_patches(layer, "weight")] == ["b", "a"] and host_patches(layer, "bias") == []
+    assert foreign(layer) == "LoRAs of Forge's own"
+    layer.bias_function = [types.SimpleNamespace()]
+    assert foreign(layer) == "SimpleNamespace on the bias"
 
 
 def forge_model(model: nn.Module, patcher: Any = None) -> Any:
@@ -359,21 +435,31 @@ def forge_model(model: nn.Module, patcher: Any = None) -> Any:
     return types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet, clip=None))
 
 
-def test_rows_of_the_tab(engine: Engine) -> None:
+def test_rows_of_the_tab() -> None:
+    engine = Engine(host())
+    engine.install()
     model = model_for(engine)
     patcher = engine.host.patcher(model)
-    patcher.add_patches({"linear.weight": adapter(), "linear.bias": adapter()}, 0.5, filename="loras/style.safetensors")
+    keys = ("linear.weight", "linear.bias", "norm.weight")
+    patcher.add_patches(dict.fromkeys(keys, adapter()), 0.5, filename="loras/style.safetensors")
     loaded = forge_model(model, patcher)
     (part,) = session.parts(engine, loaded)
     assert part.types == {"Q4_K": 1} and part.layers == 1 and part.others == {"float32": 3}
     (lora,) = session.used_loras(engine, loaded)
-    assert (lora.name, lora.strength, lora.layers, lora.waiting, lora.residual) == ("style", 0.5, 2, 2, 0)
-    model.linear.bias_function.clear()
+    assert (lora.name, lora.strength, lora.layers, lora.waiting, lora.residual) == ("style", 0.5, 3, 2, 0)
+    assert lora.others == {"patched by Forge: no GGUF layer": 1}
+    patcher.patch_model()
     model.linear(activations())
-    assert session.used_loras(engine, loaded)[0].residual == 2
+    (lora,) = session.used_loras(engine, loaded)
+    assert lora.others["left out: the adapter is for 32×256, the weight is 32: it was made for another model"] == 2
     engine.configure(Settings(mode="off"))
-    assert session.used_loras(engine, loaded)[0].others == {"Forge's online mode: Graft is off": 2}
+    assert session.used_loras(engine, loaded)[0].others["merged by Forge in each step: Graft is off"] == 2
+    patcher = engine.host.patcher(model)
+    patcher.add_patches({"linear.weight": adapter()})
+    (lora,) = session.used_loras(engine, forge_model(model, patcher))
+    assert lora.others == {"patched by Forge, as Graft was off": 1}
     assert session.parts(engine, types.SimpleNamespace()) == []
+    engine.uninstall()
 
 
 def test_settings_and_infotext() -> None:
@@ -382,7 +468,7 @@ def test_settings_and_infotext() -> None:
     assert settings == Settings("on", "auto", "bf16")
     assert session.infotext(settings) == {"Graft": "on", "Graft dtype": "bf16"}
     assert session.settings_from(object()) == Settings()
-    assert "cpu" in session.backend_of(Engine(Host("", Linear, Patcher, merge, decode)), torch.device("cpu"))
+    assert "cpu" in session.backend_of(Engine(host()), torch.device("cpu"))
 
 
 def test_types_that_forge_cannot_decode() -> None:
@@ -417,3 +503,57 @@ def test_inspecting_files(tmp_path: Any) -> None:
     assert math.isclose(float(told["b.gguf"]["bits per weight"]), 8.5)
     assert "web page" in told["c.safetensors"]["problem"]
     assert (size(999), size(1.234e9)) == ("999 B", "1.23 GB")
+
+
+# what the prompt says of where and when
+
+
+def params(text: str) -> types.SimpleNamespace:
+    """As Forge parses ``<lora:TEXT>``: what has one ``=`` has a name, all else a place."""
+    items = text.split(":")
+    named = dict(item.split("=") for item in items if item.count("=") == 1)
+    return types.SimpleNamespace(items=items, positional=[i for i in items if i.count("=") != 1], named=named)
+
+
+def test_the_prompts_arguments_are_taken_out_of_what_forge_sees() -> None:
+    given = params("name:0.8:te=0.5:START=0.25: region =left:blocks=double=0.5, single=0")
+    plain, when, text = taken_from(given)
+    assert plain.positional == ["name", "0.8"] and plain.named == {"te": "0.5"} and len(given.items) == 6
+    assert plain.items == ["name", "0.8", "te=0.5"]
+    assert when.mask.mean() == 0.5 and when.curve.keys[0] == (0.0, 0.0, "hold") and len(when.blocks.rules) == 2
+    assert text == "blocks=double=0.5, single=0:region=left:start=0.25"
+    assert taken_from(params("name:1:te=0.5"))[1:] == (None, "")
+    # the same words are the same strength, and another region is another entry in Forge's list
+    assert taken_from(params("other:1:region=left"))[1] is taken_from(params("name:1:region=left"))[1]
+    assert repr(Told(0.8, when, text)) == f"0.8 ({text})" and Told(0.8, when, text) == 0.8
+
+
+def test_regions_are_parts_of_the_picture() -> None:
+    masks = {name: taken_from(params(f"x:1:region={name}"))[1].mask[0] for name in REGIONS}
+    for names in (("left", "right"), ("top", "bottom"), ("column-1", "column-2", "column-3"),
+                  ("row-1", "row-2", "row-3"), ("top-left", "top-right", "bottom-left", "bottom-right")):  # fmt: skip
+        assert torch.equal(sum(masks[name] for name in names), torch.ones(512, 512)), names
+    corners = {"top-left": (0, 0), "top-right": (0, -1), "bottom-left": (-1, 0), "bottom-right": (-1, -1)}
+    assert all(masks[name][place] == 1 for name, place in corners.items())
+    for text, same in (("0, 0, 0.5, 1", "left"), ("Top Left", "top-left"), ("not right", "left"), ("row_1", "row-1")):
+        assert torch.equal(taken_from(params(f"x:1:region={text}"))[1].mask[0], masks[same]), text
+    soft = taken_from(params("x:1:region=left:feather=0.5"))[1].mask[0, 0]
+    assert 0 < soft[256] < 1 and abs(float(soft.mean()) - 0.5) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("start=5", "start=5 is not a number from 0 to 1"), ("end=soon", "end=soon is not a number"),
+        ("start=nan", "start=nan is not a number"), ("start=0.5:end=0.25", "end=0.25 is not after start=0.5"),
+        ("feather=0.1", "feather needs a region"), ("region=left:feather=2", "feather=2 is not a number from 0 to 0.5"),
+        ("region=lef", "region=lef is unknown: write one of left, right"),
+        ("region=0,0,2,1", "region=0,0,2,1 is unknown"), ("region=", "region= is unknown"),
+        ("region=0.5,0,0.25,1", "is unknown"), ("blocks=what", "blocks=what: a rule"),
+        ("region=" + "x" * 5000, "is unknown"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named_in_a_sentence(text: str, says: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        taken_from(params(f"name:1:{text}"))
+    assert says in str(error.value) and len(str(error.value)) < 400

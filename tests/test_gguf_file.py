@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFValueType
-from graft.kernels.errors import CorruptFile, GraftError, UnsupportedFormat
+from graft.kernels.errors import CorruptFile, GraftError, UnsupportedFormat, plain
 from graft.kernels.formats import FORMATS
-from graft.ops import gguf_file
-from graft.ops.gguf_file import describe, diffusion_tensors, open_gguf
+from graft.ops.files import gguf as reader
+from graft.ops.files.gguf import describe, diffusion_tensors, open_gguf
 from graft.tests.gguf_samples import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -104,7 +104,7 @@ def refusal(path: Path) -> GraftError:
     with pytest.raises(GraftError) as caught:
         open_gguf(path)
     message = str(caught.value)
-    assert message.endswith(f"{path})")
+    assert message.endswith(f"{plain(str(path))})")
     assert "\n" not in message and ": " in message
     return caught.value
 
@@ -351,6 +351,9 @@ HOSTILE = {
     "strings": header(entry("k", ARRAY, struct.pack("<IQ", STRING, 1 << 29))),
     "numbers": header(entry("k", ARRAY, struct.pack("<IQ", UINT8, 1 << 32))),
     "nested": header(entry("k", ARRAY, struct.pack("<IQ", ARRAY, 1 << 29))),
+    "empty arrays": header(
+        entry("k", ARRAY, struct.pack("<IQ", ARRAY, 1 << 22) + struct.pack("<IQ", UINT8, 0) * (1 << 22))
+    ),
     "text": header(entry("k", STRING, struct.pack("<Q", 1 << 32))),
     "name": header(tensors=(struct.pack("<Q", 1 << 32),)),
     "tensors": header(tensor_count=1 << 24),
@@ -413,6 +416,13 @@ CORRUPT = {
     "dimensions without end": (header(tensors=(text("a") + struct.pack("<I", 0xFFFFFFFF) + bytes(32),)), "dimensions"),
     "dimensions overflow": (padded(header(tensors=(info("a", (1 << 32, 1 << 32)),)), 32), "impossible shape"),
     "empty and overflowing": (padded(header(tensors=(info("a", (0, 1 << 63)),)), 32), "impossible shape"),
+    "empty and wide": (padded(header(tensors=(info("a", (0, 1 << 29)),)), 256), "impossible shape"),
+    "empty and of a wide shape": (
+        padded(header(original_shape(1 << 29, 0), tensors=(info("a", (0,)),)), 256), "does not fit",
+    ),
+    "empty and of an overflowing shape": (
+        padded(header(original_shape(*[1 << 30] * 3, 0), tensors=(info("a", (0,)),)), 256), "does not fit",
+    ),
     "row is no whole block": (padded(header(tensors=(info("a", (300, 2), Q4_K),)), 999), "300 weights does not fill"),
     "scalar of blocks": (padded(header(tensors=(info("a", (), Q4_K),)), 999), "1 weights does not fill"),
     "misaligned": (padded(header(tensors=(info("a", offset=16),)), 99), "not aligned to 32 bytes"),
@@ -490,9 +500,9 @@ def test_a_page_file_that_is_too_small_is_named(tmp_path, monkeypatch):
         error.winerror = 1455
         raise error
 
-    monkeypatch.setattr(gguf_file.sys, "platform", "win32")
+    monkeypatch.setattr(reader.sys, "platform", "win32")
     assert open_gguf(path).tensors["a"].shape == (2, 64, 2)
-    monkeypatch.setattr(gguf_file.mmap, "mmap", refuse)
+    monkeypatch.setattr(reader.mmap, "mmap", refuse)
     assert f"the page file is too small to open {len(SEED)} bytes: let Windows manage" in str(refusal(path))
 
 
@@ -631,6 +641,23 @@ OTHER_MODELS = [
     ("pig", "first_stage_model.decoder.conv_in.weight", "this is a VAE, not a diffusion model: use a VAE loader"),
     ("pig", "decoder.conv_in.weight", "this is a VAE"),
     ("wan", "decoder.conv1.weight", "this is a VAE"),
+    ("flux", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "this is a LoRA, not a diffusion model: "),
+    ("wan", "diffusion_model.blocks.0.self_attn.q.lora_A.weight", "this is a LoRA"),
+    ("llama", "blk.0.attn_q.weight.lora_a", "this is a LoRA"),
+    ("flux", "controlnet_blocks.0.weight", "this is a ControlNet, not a diffusion model: put it into models/"),
+    ("sd1", "control_model.zero_convs.0.0.weight", "this is a ControlNet"),
+    ("lumina2", "control_layers.0.attention.qkv.weight", "this is a model patch"),
+    ("wan", "vace_blocks.0.self_attn.q.weight", "this is a VACE module, a part of a Wan model, not a diffusion model"),
+    ("ltxv", "model.diffusion_model.video_embeddings_connector.learnable_registers", "this is the text connectors of"),
+    ("sd1", "image_proj.proj.weight", "this is an IP-Adapter"),
+    ("flux", "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight", "this is an IP-Adapter"),
+    ("pig", "vision_model.encoder.layers.0.mlp.fc1.weight", "this is a CLIP vision model"),
+    ("pig", "multi_modal_projector.mm_input_projection_weight", "this is a vision projector"),
+    ("pig", "body.0.rdb1.conv1.weight", "this is an upscaler"),
+    ("ltxv", "post_upsample_res_blocks.0.conv1.weight", "this is an upscaler of latents"),
+    ("whisper", "anything", "whisper is an audio encoder"),
+    ("pig", "encoder.embed_positions.weight", "this is an audio encoder"),
+    ("flux", "redux_up.weight", "this is a style model"),
 ]
 
 
@@ -650,12 +677,35 @@ def test_other_models_are_named(architecture, name, message, tmp_path):
         "decoder.layers.0.self_attn.q_proj.weight",
         "visual_transformer_blocks.0.cross_attention.key_norm.weight",
         "casual_audio_encoder.encoder.final_linear.weight",
-        "vace_patch_embedding.weight",
+        "control_adapter.conv.weight",
+        "audio_proj.audio_proj_glob_1.layer.bias",
+        "face_adapter.fuser_blocks.0.k_norm.weight",
     ],
 )
 def test_names_of_diffusion_models_of_any_architecture_pass(name, tmp_path):
     path = write_gguf(tmp_path / "a.gguf", {name: (normal(8), "F32")}, architecture="never heard of it")
     assert list(diffusion_tensors(open_gguf(path))) == [name]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("blocks.0.self_attn.q.weight", "vace_blocks.0.self_attn.q.weight", "vace_patch_embedding.weight"),
+        ("transformer_blocks.0.attn1.to_q.weight", "video_embeddings_connector.learnable_registers"),
+        ("layers.0.attention.qkv.weight", "control_layers.0.attention.qkv.weight"),
+        ("blocks.0.self_attn.q.weight", "audio_proj.proj1.weight"),
+    ],
+)
+def test_a_model_that_is_whole_may_have_such_parts(names, tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", {name: (normal(8), "F32") for name in names})
+    assert tuple(diffusion_tensors(open_gguf(path))) == names
+
+
+def test_an_xlabs_controlnet_is_no_small_flux(tmp_path):
+    names = ("img_in.weight", "double_blocks.0.img_attn.norm.key_norm.scale", "controlnet_blocks.0.weight")
+    path = write_gguf(tmp_path / "a.gguf", {name: (normal(8), "F32") for name in names})
+    with pytest.raises(UnsupportedFormat, match="this is a ControlNet, not a diffusion model: put it into"):
+        diffusion_tensors(open_gguf(path))
 
 
 def test_metadata_alone_is_no_model(tmp_path):
@@ -675,3 +725,12 @@ def test_description(tmp_path):
     assert describe(file) == "flux · 41.0K · Q4_K 1, Q6_K 1, F32 2 · 25.2 KB"
     sparse_model(path, 8 * GIB)
     assert describe(open_gguf(path)) == "unknown architecture · 2.1B · F32 127 · 8.5 GB"
+
+
+def test_what_an_architecture_is_called_is_cut(tmp_path):
+    path = tmp_path / "a.gguf"
+    name = entry("general.architecture", STRING, text("flux " * (1 << 16)))
+    path.write_bytes(padded(header(name, tensors=(info("a"),)), 32))
+    file = open_gguf(path)
+    assert file.architecture == ("flux " * 24)[:120]
+    assert len(describe(file)) < 200

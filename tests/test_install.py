@@ -86,10 +86,31 @@ def test_a_failing_pip_is_one_line_with_the_remedy(bare, tmp_path):
     assert f'"{bare}" -m pip install --no-deps "safetensors' in ran.stdout and ran.stdout.count("\n") == 1
 
 
+def without_uv() -> str:
+    """The PATH without the folders in which there is one."""
+    return os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "uv").exists())
+
+
 def test_without_pip_it_says_so(bare):
-    ran = run(bare)
+    ran = run(bare, PATH=without_uv())
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "No module named pip" in ran.stdout and ran.stdout.count("\n") == 1
+    assert f'run: "{bare}" -m ensurepip, then: "{bare}" -m pip install --no-deps "safetensors' in ran.stdout
+
+
+@pytest.mark.parametrize("exits", [0, 2])
+def test_an_environment_that_uv_made_is_served_by_uv(bare, tmp_path, exits):
+    """It has no pip, so that pip's own commands would be no help either."""
+    log, uv = tmp_path / "log", tmp_path / "uv"
+    uv.write_text(f"#!{sys.executable}\n{FAKE_PIP}")
+    uv.chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), without_uv()))
+    ran = run(bare, PATH=path, PIP_LOG=str(log), PIP_SAYS="error: no network", PIP_EXITS=str(exits))
+    assert (ran.returncode, ran.stderr) == (0, "")
+    (call,) = log.read_text().splitlines()
+    assert call.startswith(f"['pip', 'install', '--python', '{bare}', '--no-deps', '--quiet', 'safetensors")
+    told = f'Graft: error: no network; to install what is missing, run: {uv} pip install --python "{bare}" --no-deps "s'
+    assert ran.stdout.startswith(told) if exits else not ran.stdout
 
 
 def test_offline(bare, tmp_path):

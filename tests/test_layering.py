@@ -16,18 +16,22 @@ COMFYUI = {
     "app", "comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "execution", "folder_paths",
     "latent_preview", "node_helpers", "nodes", "server", "utils",
 }  # fmt: skip
-FORGE = {"backend", "gradio", "ldm_patched", "modules", "modules_forge", "packages_3rdparty"}
+FORGE = {"backend", "fastapi", "gradio", "ldm_patched", "modules", "modules_forge", "packages_3rdparty"}
 
 # folder: (our folders that it may import, what it may import from elsewhere beside the standard library)
 LAYERS = {
     "kernels": ({"kernels"}, {"torch"}),
     "ops": ({"kernels", "ops"}, {"torch", "safetensors"}),
     "demo": ({"kernels", "ops", "demo"}, {"torch", "safetensors", "numpy", "PIL", "gguf", "libgguf"}),
-    "nodes": ({"kernels", "ops", "demo", "nodes"}, {"torch", "safetensors"} | COMFYUI),
+    "nodes": ({"kernels", "ops", "demo", "nodes"}, {"torch", "safetensors", "PIL"} | COMFYUI),
     "scripts": ({"kernels", "ops", "scripts"}, {"torch", "safetensors"} | FORGE),
+    "tools": (set(), {"graft"}),  # which binds the checkout first
 }
 # what only one place may know
-SPECIALISTS = {"kernels/triton_/": "triton", "kernels/cpu.py": "libgguf"}
+SPECIALISTS = {
+    "kernels/triton_/": "triton", "kernels/cpu.py": "libgguf", "kernels/int8.py": "comfy_kitchen",
+    "nodes/raylight.py": "ray",
+}  # fmt: skip
 
 
 def imports(source: str, path: Path) -> Iterator[tuple[int, str, bool]]:
@@ -158,7 +162,7 @@ def test_the_folder_may_have_any_name(name, tmp_path):
     checkout = tmp_path / name
     shutil.copytree(ROOT / "kernels", checkout / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (checkout / "tests").mkdir()
-    for file in ("__init__.py", "pyproject.toml", "tests/conftest.py"):
+    for file in ("__init__.py", "pyproject.toml", "tests/conftest.py", "tests/hosts.py"):
         shutil.copy(ROOT / file, checkout / file)
     (checkout / "tests" / "test_table.py").write_text(TEST)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

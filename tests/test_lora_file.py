@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import timeit
+from typing import Any
 
 import adapter_samples as samples
+import gguf
+import gguf_samples
 import pytest
 import torch
 from adapter_samples import Sampler
-from graft.kernels import AdapterError
-from graft.ops import layers
+from graft.kernels import AdapterError, by_name
+from graft.ops import layers, report
 from graft.ops.adapters import DoRA, LoKr, LoRA, Padded, Patch, Region, from_host
-from graft.ops.dialects import extra_dialects
+from graft.ops.factors import FactorCache
+from graft.ops.files import dialects, projectors, renaming, text_encoders, tokenizers
+from graft.ops.files import gguf as gguf_file
+from graft.ops.files import lora as lora_file
+from graft.ops.files.dialects import extra_dialects, from_llama_cpp
+from graft.ops.files.lora import load_adapters
+from graft.ops.files.lora_info import lora_info
+from graft.ops.files.mapped import is_mapped
 from graft.ops.kinds import InputOFT
-from graft.ops.lora_file import load_adapters
-from graft.ops.report import FileReport, family_of
-from graft.ops.residual import FactorCache, ResidualStack
+from graft.ops.packed import PackedTensor
+from graft.ops.quantize import quantize
+from graft.ops.report import FileReport, cause_of, family_of, family_of_host
+from graft.ops.residual import ResidualStack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
@@ -107,6 +121,118 @@ DIALECTS = [
     ("SimpleTuner", "lycoris_transformer_blocks_0_ff_net_0_proj", (), "double_blocks.0.img_mlp.0", None),
     ("Mochi", "diffusion_model.img_in", (".lora_A", ".lora_B"), "img_in", None),
 ]  # fmt: skip
+
+
+PREFIXES = [
+    "transformer.base_model.model.", "base_model.model.", "unet.base_model.model.", "base_model.model.transformer.",
+    "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.diffusion_model.", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_every_form_of_adapter_under_every_prefix(written, prefix: str) -> None:
+    r = Sampler(5, torch.float32)
+    path = f"{prefix}transformer_blocks.0."
+    named = {f"{path}attn.to_out.0.lora_{n}.style.weight": t for n, t in zip("AB", pair(H, H), strict=True)}
+    named[f"{path}attn.to_out.0.lora_magnitude_vector.style.weight"] = torch.rand(H) + 1
+    plain = lora(f"{path}ff.net.0.proj", (4 * H, H), *AB) | {f"{path}ff.net.0.proj.alpha": torch.tensor(2.0)}
+    kronecker = {f"{path}attn.to_q.lokr_w1": r(4, 4), f"{path}attn.to_q.lokr_w2": r(H // 4, H // 4)}
+    old = lora(f"{path}attn.processor.to_k", (H, H), "_lora.down.weight", "_lora.up.weight")
+    column = lora(f"{path}attn.add_q_proj", (H, H), *AB) | {f"{path}attn.add_q_proj.dora_scale": torch.ones(H, 1)}
+    native = lora(f"{prefix}single_blocks.0.linear2", (H, 5 * H))
+    fitted = load_adapters(written(named | plain | kronecker | old | column | native)).on(FLUX)
+    assert not fitted.missing and not fitted.rejected
+    placed = {(p.key, p.region): p.adapter for p in fitted.placed}
+    assert {place: adapter.kind for place, adapter in placed.items()} == {
+        ("double_blocks.0.img_attn.proj.weight", None): "dora",
+        ("double_blocks.0.img_mlp.0.weight", None): "lora",
+        ("double_blocks.0.img_attn.qkv.weight", QKV_Q): "lokr",
+        ("double_blocks.0.img_attn.qkv.weight", Region(0, H, H)): "lora",
+        ("double_blocks.0.txt_attn.qkv.weight", QKV_Q): "dora",
+        ("single_blocks.0.linear2.weight", None): "lora",
+    }
+    assert placed["double_blocks.0.img_attn.proj.weight", None].norm == "merged"
+    assert placed["double_blocks.0.img_mlp.0.weight", None].low_rank().scale == 0.5
+
+
+KREA = {
+    "blocks.0.attn.wq": (H, H), "blocks.0.attn.wk": (H // 4, H), "blocks.0.attn.wv": (H // 4, H),
+    "blocks.0.attn.wo": (H, H),
+}  # fmt: skip
+FUSED = ["diffusion_model.blocks.0.attn.qkv", "lora_unet_blocks_0_attn_wqkv", "transformer.blocks.0.attn.to_qkv",
+         "lycoris_blocks_0_attn_qkv", "transformer.base_model.model.blocks.0.attn.to_qkv"]  # fmt: skip
+KREA_ROWS = {"blocks.0.attn.wq": (0, H), "blocks.0.attn.wk": (H, H // 4), "blocks.0.attn.wv": (H + H // 4, H // 4)}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_adapter_goes_to_the_layers_that_the_model_has(written, name: str) -> None:
+    state = lora(name, (H + H // 2, H)) | {f"{name}.alpha": torch.tensor(2.0), f"{name}.diff_b": torch.arange(48.0)}
+    fitted = load_adapters(written(state)).on(KREA)
+    assert len(fitted.matched) == 1 and not fitted.missing
+    up, down = state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"]
+    placed = {p.key: p.adapter for p in fitted.placed}
+    assert placed.keys() == {f"{layer}.{parameter}" for layer in KREA_ROWS for parameter in ("weight", "bias")}
+    for layer, (start, rows) in KREA_ROWS.items():
+        adapter = placed[f"{layer}.weight"]
+        assert torch.equal(adapter.down, down) and torch.equal(adapter.up, up[start : start + rows])
+        assert torch.equal(placed[f"{layer}.bias"].diff, state[f"{name}.diff_b"][start : start + rows])
+
+
+def test_a_fused_adapter_of_another_size_is_refused(written) -> None:
+    name = "diffusion_model.blocks.0.attn.qkv"
+    state = lora(name, (3 * H, H)) | lora("diffusion_model.blocks.0.attn.wo", (H, H))
+    fitted = load_adapters(written(state)).on(KREA)
+    assert [p.key for p in fitted.placed] == ["blocks.0.attn.wo.weight"]
+    assert "is for 96×32, the weight is 48×32" in fitted.rejected[name]
+
+
+def test_a_fused_adapter_that_cannot_be_divided_says_why(written) -> None:
+    name = "diffusion_model.blocks.0.attn.qkv"
+    state = lora(name, (H + H // 2, H)) | {f"{name}.dora_scale": torch.ones(1, H)}
+    state |= lora("diffusion_model.blocks.0.attn.wo", (H, H))
+    line = load_adapters(written(state)).on(KREA).report(1.0).line
+    assert line.endswith(f"1 left out, such as {name}: DoRA's norms are over all rows of the fused layer, which this "
+                         "model has in parts")  # fmt: skip
+
+
+LENS = {"transformer_blocks.0.attn.qkv": (3 * H, H), "transformer_blocks.0.cross.kv_linear": (2 * H, H),
+        "layers.0.attention.qkv": (H + 2 * (H // 4), H), "transformer_blocks.0.diff.to_qkv": (5 * H, H)}  # fmt: skip
+PARTS = [
+    ("diffusion_model.transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.qkv", Region(0, H, H)),
+    ("lora_unet_transformer_blocks_0_attn_v_proj", "transformer_blocks.0.attn.qkv", Region(0, 2 * H, H)),
+    ("transformer.transformer_blocks.0.cross.to_v", "transformer_blocks.0.cross.kv_linear", Region(0, H, H)),
+    ("transformer.layers.0.attention.to_q", "layers.0.attention.qkv", Region(0, 0, H)),
+    ("transformer.layers.0.attention.to_v", "layers.0.attention.qkv", Region(0, H + H // 4, H // 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layer", "region"), PARTS)
+def test_an_adapter_of_a_part_goes_to_its_rows_of_the_fused_layer(written, name, layer, region) -> None:
+    placed = only(load_adapters(written(lora(name, (region.length, H)))).on(LENS))
+    assert (placed.key, placed.region) == (f"{layer}.weight", region)
+
+
+def test_another_architectures_fused_layers_are_not_looked_for(written) -> None:
+    """Wan's queries have the size of Cosmos-Predict2's, and a LoRA of the one says nothing about the other."""
+    wan = {f"blocks.0.self_attn.{letter}": (H, H) for letter in "qkvo"}
+    state = lora("lora_unet_blocks_0_self_attn_qkv_proj", (3 * H, H))
+    assert len(load_adapters(written(state)).on(wan).placed) == 3
+    state |= lora("lora_unet_blocks_0_self_attn_q_proj", (H, H))
+    with pytest.raises(AdapterError, match="trained for Cosmos-Predict2 or Anima, model is Wan"):
+        load_adapters(written(state)).on(wan)
+
+
+def test_a_fused_layer_of_other_parts_than_three_is_not_divided(written) -> None:
+    """Differential attention has five."""
+    with pytest.raises(AdapterError, match="0 of 1 layers match"):
+        load_adapters(written(lora("transformer.transformer_blocks.0.diff.to_q", (H, H)))).on(LENS)
+
+
+def test_a_hosts_part_that_is_not_in_the_layer_is_not_taken(written) -> None:
+    """ComfyUI divides Lumina 2's qkv by three, though it has fewer keys than queries."""
+    names = {"transformer.layers.0.attention.to_v": ("layers.0.attention.qkv.weight", (0, 2 * H, H))}
+    state = lora("transformer.layers.0.attention.to_v", (H // 4, H))
+    assert only(load_adapters(written(state)).on(LENS, names)).region == Region(0, H + H // 4, H // 4)
 
 
 # where several rows are about one dialect's names
@@ -321,7 +447,7 @@ REFUSED = {
          (("a1", (16, 4)), ("a2", (5, 16)), ("b1", (H, 4)), ("b2", (4, 16)))}, "ranks of GLoRA's factors differ"),
     "reshape to smaller": (
         lora(NAME, (H, 8)) | {f"{NAME}.reshape_weight": torch.tensor([H, 8])}, "a weight can only be padded"),
-    "reshape to nonsense": (lora(NAME, (H, 16)) | {f"{NAME}.reshape_weight": torch.tensor([H, -1, 3])}, ""),
+    "reshape to nonsense": (lora(NAME, (H, 16)) | {f"{NAME}.reshape_weight": torch.tensor([H, -1, 3])}, "is no shape"),
     "PEFT's OFT that is no matrix": ({f"{NAME}.oft_R.weight": torch.ones(1, 1, 0)}, "which is no triangle"),
     "BOFT without a stage": ({f"{NAME}.oft_blocks": torch.zeros(0, 8, 4, 4)}, "do not cover 32 output rows"),
     "OFT of another size": ({f"{NAME}.oft_blocks": torch.zeros(3, 4, 4)}, "do not cover 32 output rows"),
@@ -338,6 +464,92 @@ def test_what_cannot_be_applied_is_left_out_with_a_reason(written, case: str) ->
     assert list(fitted.rejected) == [NAME] and reason in fitted.rejected[NAME]
     assert fitted.report(1.0).line.startswith("style.safetensors ×1.00: 1/2 layers, ")
     assert f"1 left out, such as {NAME}: " in fitted.report(1.0).line
+
+
+NO_SHAPES = {
+    "infinite": torch.tensor([float("inf"), 16.0]), "not a number": torch.tensor([float("nan"), 16.0]),
+    "huge": torch.tensor([1e30, 16.0]), "fractions": torch.tensor([32.5, 16.0]), "a scalar": torch.tensor(32),
+    "a matrix": torch.ones(2, 2), "complex": torch.ones(2, dtype=torch.complex64), "below": torch.tensor([-32, 16]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_SHAPES)
+def test_a_reshape_to_no_shape_is_refused(written, case: str) -> None:
+    state = lora(NAME, (H, 16)) | {f"{NAME}.reshape_weight": NO_SHAPES[case]}
+    assert "reshape_weight is" in fit(written, state).rejected[NAME]
+    value = ("lora", (*pair(H, 16)[::-1], None, None, None, NO_SHAPES[case].tolist()))
+    with pytest.raises(AdapterError, match="which is no shape"):
+        from_host(value, (H, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int64, torch.uint8])
+def test_a_reshape_may_be_of_any_dtype(written, dtype) -> None:
+    state = lora(NAME, (H, 16)) | {f"{NAME}.reshape_weight": torch.tensor([H, 16]).to(dtype)}
+    assert fit(written, state).rejected == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int32])
+def test_a_bias_of_lora_b_in_an_odd_dtype(written, dtype) -> None:
+    state = lora(NAME, (H, 16), *AB) | {f"{NAME}.alpha": torch.tensor(2.0)}
+    fitted = fit(written, state | {f"{NAME}.lora_B.bias": torch.ones(H).to(dtype)})
+    if dtype.is_floating_point:
+        assert torch.equal(next(p.adapter for p in fitted.placed if p.key == "img_in.bias").diff, torch.full((H,), 0.5))
+    else:
+        assert "without a scale" in fitted.rejected[NAME]
+
+
+def patterns() -> dict[str, re.Pattern[str]]:
+    """All expressions of the modules that read names out of files, as they hold them."""
+    found: dict[str, re.Pattern[str]] = {}
+
+    def collect(name: str, value: object) -> None:
+        if isinstance(value, re.Pattern):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{name}[{key}]", inner)
+        elif isinstance(value, (tuple, list)):
+            for i, inner in enumerate(value):
+                collect(f"{name}[{i}]", inner)
+
+    for module in (report, dialects, lora_file, gguf_file, text_encoders, tokenizers, projectors, renaming):
+        for name, value in vars(module).items():
+            collect(f"{module.__name__}.{name}", value)
+    return found
+
+
+PATTERNS = patterns()
+
+
+def literals(pattern: str) -> set[str]:
+    """Pieces that match parts of an expression, as it spells them."""
+    plain = re.sub(r"\(\?(?:[:=!]|<[=!]|P<\w+>)|\[\._\]|\[\.\]|\\\.", lambda m: "." if "." in m[0] else "(", pattern)
+    pieces = {re.sub(r"\\d", "1", piece) for piece in re.split(r"[|()^$*+?{}\[\]\s]+", plain)}
+    return {piece for piece in pieces if 2 <= len(piece) <= 60} | {"1", ".1", ".a", "_", "a"}
+
+
+def slowest(pattern: re.Pattern[str], size: int) -> float:
+    """Seconds of the longest search in names of `size` characters that repeat pieces of the expression."""
+    worst = 0.0
+    for piece in sorted(literals(pattern.pattern)):
+        name = ("a" + piece * (size // len(piece)))[:size] + "!."
+        taken = min(timeit.repeat(lambda name=name: pattern.search(name), number=1, repeat=2))
+        worst = max(worst, taken)
+    return worst
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_no_name_takes_an_expression_more_than_linear_time(name: str) -> None:
+    """A name sixteen times as long takes sixteen times as long; 256 times, where it is quadratic."""
+    long = slowest(PATTERNS[name], 16_000)
+    # three microseconds a character are no square, which would be far more
+    assert long < 0.05 or long < 64 * slowest(PATTERNS[name], 1_000)
+
+
+def test_an_expression_that_is_quadratic_would_be_seen() -> None:
+    quadratic = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)*$")
+    long = slowest(quadratic, 16_000)
+    assert long > 64 * slowest(quadratic, 1_000)
 
 
 def test_a_reshape_on_a_slice_is_refused(written) -> None:
@@ -402,7 +614,7 @@ NO_SAFETENSORS = {
     "a web page": (b"\n<!DOCTYPE html><html>401</html>", "is a web page"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
     "a pickle": (b"PK\x03\x04" + bytes(64), "a pickle can run code"),
-    "a GGUF file": (b"GGUF" + bytes(64), "is a GGUF model"),
+    "a GGUF file": (b"GGUF" + bytes(64), "there is no GGUF version"),
     "text": (b"{'lora': 1}" * 20, "no safetensors, whatever its name"),
     "three bytes": (b"abc", "no safetensors, whatever its name"),
 }
@@ -423,6 +635,30 @@ def test_a_download_that_stopped_is_damaged(tmp_path, keep: int) -> None:
     path.write_bytes(save(lora(NAME, (H, 16)))[:keep])
     with pytest.raises(AdapterError, match="again"):
         load_adapters(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "style.safetensors")
+    with pytest.raises(AdapterError, match="not a regular file"):
+        load_adapters(tmp_path / "style.safetensors")
+
+
+def test_more_tensors_and_longer_names_than_any_lora_has_are_refused(tmp_path) -> None:
+    path, numbers = tmp_path / "style.safetensors", torch.zeros((1 << 16) + 1, 1)
+    path.write_bytes(save({f"{i}.alpha": number.clone() for i, number in enumerate(numbers)}))
+    with pytest.raises(AdapterError, match="65537 tensors, no LoRA has so many"):
+        load_adapters(path)
+    path.write_bytes(save({"a" * 4096 + ".alpha": torch.zeros(1)}))
+    with pytest.raises(AdapterError, match="over 4096 characters"):
+        load_adapters(path)
+
+
+def test_long_names_are_cut_in_messages(written) -> None:
+    long = f"lora_unet_{'a' * 2000}"
+    with pytest.raises(AdapterError, match=r"such as lora_unet_a+…") as caught:
+        load_adapters(written(lora(long, (16, 16)) | lora(f"{long}b", (16, 16)))).on(FLUX)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_missing_file_and_a_checkpoint_are_refused(tmp_path) -> None:
@@ -473,6 +709,94 @@ def test_a_model_is_known_by_its_names(shapes, family) -> None:
     assert family_of(shapes) == family
 
 
+FAMILIES = [
+    ("Anima", "lora_unet_llm_adapter_blocks_0_self_attn_q_proj lora_unet_blocks_0_self_attn_q_proj"),
+    ("Cosmos-Predict2 or Anima", "lora_unet_blocks_0_self_attn_q_proj lora_unet_blocks_0_cross_attn_output_proj"),
+    ("Cosmos-Predict2 or Anima", "diffusion_model.blocks.0.adaln_modulation_self_attn.1"),
+    ("Cosmos", "diffusion_model.blocks.block0.blocks.0.block.attn.to_q.0"),
+    ("PixArt", "lora_unet_blocks_0_cross_attn_q_linear lora_unet_blocks_0_attn_qkv"),
+    ("PixArt", "blocks.0.cross_attn.kv_linear"),
+    ("Wan", "lora_unet_blocks_0_self_attn_q lora_unet_blocks_0_ffn_0"),
+    ("Wan", "diffusion_model.blocks.0.cross_attn.k_img"),
+    ("Wan", "transformer.blocks.0.attn1.to_out.0"),
+    ("OmniGen2 or Boogu", "transformer.ref_image_refiner.0.attn.to_q transformer.layers.0.attn.to_q"),
+    ("OmniGen2, Boogu or Lumina 2", "lora_unet_layers_0_attn_to_q"),
+    ("Boogu", "double_stream_layers.0.img_self_attn.to_q noise_refiner.0.attn.to_q"),
+    ("Boogu", "lora_unet_single_stream_layers_0_feed_forward_linear_1"),
+    ("HiDream", "transformer.double_stream_blocks.0.block.attn1.to_q"),
+    ("HiDream-O1", "diffusion_model.language_model.layers.0.mlp.up_proj diffusion_model.t_embedder1.mlp.0"),
+    ("Ideogram 4", "lora_unet_layers_0_attention_qkv lora_unet_layers_0_attention_o"),
+    ("Ideogram 4", "diffusion_model.layers.0.adaln_modulation"),
+    ("Z-Image", "diffusion_model.layers.0.attention.to_q diffusion_model.layers.0.feed_forward.w1"),
+    ("Z-Image", "lora_unet_layers_0_adaLN_modulation_0"),
+    ("Lumina 2", "layers.0.adaLN_modulation.1 layers.0.attention.qkv"),
+    ("Lumina 2 or Z-Image", "lora_unet_layers_0_attention_out"),
+    ("Lumina 2, Z-Image or Ideogram 4", "lora_unet_layers_0_attention_qkv lora_unet_layers_0_feed_forward_w2"),
+    ("TripoSplat", "noise_refiner.0.attn.qkv blocks.0.attn.qkv"),
+    ("TripoSplat", "lora_unet_blocks_0_mlp_mlp_0"),
+    ("Lens", "lora_unet_transformer_blocks_0_attn_img_qkv lora_unet_transformer_blocks_0_img_mod_1"),
+    ("Lens", "transformer_blocks.0.txt_mlp.w1"),
+    ("Qwen-Image", "transformer.transformer_blocks.0.img_mlp.net.2 transformer.transformer_blocks.0.img_mod.1"),
+    ("Qwen-Image or Lens", "transformer_blocks.0.txt_mod.1"),
+    ("JoyImage", "lora_unet_double_blocks_0_attn_img_attn_qkv"),
+    ("JoyImage", "double_blocks.0.img_mlp.net.0.proj"),
+    ("Hunyuan3D", "latent_in double_blocks.0.img_attn.qkv single_blocks.0.linear1"),
+    ("Hunyuan3D", "blocks.0.moe.experts.0.net.2 blocks.0.attn1.to_q"),
+    ("HunyuanVideo", "lora_unet_double_blocks_0_img_mod_linear lora_unet_single_blocks_0_linear1"),
+    ("HunyuanVideo", "transformer.double_blocks.0.img_attn_qkv"),
+    ("Hunyuan-DiT", "blocks.0.attn1.Wqkv"),
+    ("Flux", "lora_unet_double_blocks_0_img_attn_qkv lora_unet_single_blocks_0_modulation_lin"),
+    ("Flux", "transformer.single_transformer_blocks.0.attn.to_q"),
+    ("SD3", "joint_blocks.0.x_block.attn.qkv"),
+    ("SD3 or Flux", "transformer.transformer_blocks.0.ff_context.net.2"),
+    ("", "transformer.transformer_blocks.0.attn.add_q_proj transformer.transformer_blocks.0.attn.to_q"),
+    ("PixelDiT", "patch_blocks.0.attn.qkv_x pixel_blocks.0.attn.qkv"),
+    ("Mochi", "diffusion_model.blocks.0.attn.qkv_x"),
+    ("Krea 2", "blocks.0.attn.wq blocks.0.mlp.gate"),
+    ("Krea 2", "transformer.text_fusion.refiner_blocks.0.attn.to_q"),
+    ("Kandinsky 5", "visual_transformer_blocks.0.self_attention.to_query"),
+    ("ERNIE-Image", "transformer.layers.0.self_attention.to_q"),
+    ("ACE-Step", "transformer_blocks.0.cross_attn.to_q"),
+    ("AuraFlow", "transformer.joint_transformer_blocks.0.attn.to_q"),
+    ("SeedVR2", "blocks.0.attn.proj_qkv.vid"),
+    ("Stable Audio", "transformer.layers.0.self_attn.to_qkv"),
+    ("CogVideoX", "blocks.0.ff_proj"),
+    ("LTX-Video", "diffusion_model.transformer_blocks.0.attn2.to_q"),
+    ("LTX-Video", "transformer_blocks.0.audio_to_video_attn.to_q"),
+    ("LTX-Video or PixArt", "transformer.transformer_blocks.0.attn2.to_q"),
+    ("Stable Cascade", "lora_prior_unet_down_blocks_0_1_attention"),
+    ("SDXL", "lora_unet_input_blocks_7_1_transformer_blocks_3_attn1_to_q"),
+    ("SD1.5 or SD2", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "names"), FAMILIES, ids=[n for _, n in FAMILIES])
+def test_a_file_is_known_by_the_names_that_differ(family: str, names: str) -> None:
+    for suffix in ("", ".lora_down.weight"):
+        assert family_of([name + suffix for name in names.split()]) == family
+
+
+HOST_CLASSES = {
+    "Anima": "Anima", "CosmosT2IPredict2": "Cosmos-Predict2 or Anima", "CosmosT2V": "Cosmos", "PixArtSigma": "PixArt",
+    "Omnigen2": "OmniGen2", "Boogu": "Boogu", "Ideogram4": "Ideogram 4", "TripoSplat": "TripoSplat", "Lens": "Lens",
+    "JoyImage": "JoyImage", "Hunyuan3Dv2_1": "Hunyuan3D", "HunyuanDiT": "Hunyuan-DiT",
+    "HunyuanVideoI2V": "HunyuanVideo",
+    "PixelDiTT2I": "PixelDiT", "PiD": "PixelDiT", "ZImage": "Z-Image", "Lumina2": "Lumina 2", "HiDreamO1": "HiDream-O1",
+    "WAN21_T2V": "Wan", "LTXAV": "LTX-Video", "Chroma": "Flux", "SSD1B": "SDXL", "SD20": "SD1.5 or SD2", "Nobody": "",
+    "Wan": "Wan",
+}  # fmt: skip
+
+
+def test_a_hosts_class_is_known_by_its_name() -> None:
+    assert {name: family_of_host(name) for name in HOST_CLASSES} == HOST_CLASSES
+
+
+def test_a_guess_that_may_be_the_model_is_no_cause() -> None:
+    names = ["lora_unet_blocks_0_self_attn_q_proj", "lora_unet_blocks_1_self_attn_q_proj"]
+    assert cause_of(names, names, 0, "Anima") == "its names are not those of Anima"
+    assert cause_of(names, names, 0, "WAN21_T2V") == "trained for Cosmos-Predict2 or Anima, model is Wan"
+
+
 def test_a_report_from_what_a_hosts_loader_made() -> None:
     state = lora(NAME, (H, 16), rank=4) | lora("lora_unet_nowhere", (8, 8), rank=8)
     a, b = state[f"{NAME}.lora_down.weight"], state[f"{NAME}.lora_up.weight"]
@@ -498,6 +822,7 @@ FIELDS = [
 MODULES = [
     "lora_unet_img_in", "transformer.transformer_blocks.0.attn.to_q", "diffusion_model.txt_in", "", ".",
     "transformer.norm_out.linear", "lora_te_text_model", "double_blocks.0.processor.qkv_lora1", "nowhere",
+    "lora_unet_apart_to_qkv", "apart.kv",
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool]
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, 16, 24, H, 3 * H])
@@ -549,8 +874,10 @@ def test_whatever_a_file_holds_it_fits_or_is_refused(tmp_path, state) -> None:
     path = tmp_path / "fuzz.safetensors"
     save_file(state, path)
     model = {}
-    for name in ("img_in", "txt_in", "double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1"):
-        rows, columns = FLUX[name]
+    shapes = {**FLUX, **{f"apart.{letter}": (H, H) for letter in "qkv"}}
+    own = ("img_in", "txt_in", "double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1")
+    for name in (*own, "apart.q", "apart.k", "apart.v"):
+        rows, columns = shapes[name]
         model[name] = layers.Linear(columns, rows)
         model[name].load_weight(torch.eye(rows, columns))
     try:
@@ -567,7 +894,7 @@ def test_whatever_a_file_holds_it_fits_or_is_refused(tmp_path, state) -> None:
         for name in {key.rpartition(".")[0] for key in stack.patches}:
             own = [p.adapter for p in fitted.placed if p.key == f"{name}.weight"]
             padded = [adapter.shape[1] for adapter in own if isinstance(adapter, Padded)]
-            assert model[name](torch.ones(1, max(FLUX[name][1], *padded, 0))).dtype == torch.float32
+            assert model[name](torch.ones(1, max(shapes[name][1], *padded, 0))).dtype == torch.float32
 
 
 @settings(fuzz, max_examples=150)
@@ -600,3 +927,144 @@ def test_a_header_that_claims_what_is_not_there(tmp_path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(AdapterError, match="damaged"):
         load_adapters(path)
+
+
+def test_a_bias_in_fp8_gets_its_scale(written) -> None:
+    down, up = pair(H, 16)
+    bias = torch.full((H,), 0.5).to(torch.float8_e5m2)
+    parts = {"lora_A.weight": down, "lora_B.weight": up, "lora_B.bias": bias, "alpha": torch.tensor(2.0)}
+    file = load_adapters(written({f"diffusion_model.img_in.{name}": tensor for name, tensor in parts.items()}))
+    assert torch.equal(file.state["diffusion_model.img_in.diff_b"].float(), torch.full((H,), 0.25))
+
+
+@pytest.mark.parametrize("field", ["oft_blocks", "oft_R.default.weight"])
+def test_turns_beyond_all_measure_are_refused_when_the_file_loads(written, field) -> None:
+    """In `I - Q` the identity is lost: there may be no inverse, which would show while sampling."""
+    blocks = torch.ones(H // 4, 4, 4).triu(1) if field == "oft_blocks" else torch.ones(4, 6)
+    for largest in (1e4, 1e30):
+        path = written({f"lora_unet_img_in.{field}": blocks * largest})
+        if largest == 1e4:
+            assert load_adapters(path).on(FLUX).matched
+            continue
+        with pytest.raises(AdapterError, match=r"beyond 1e\+06: the training has diverged"):
+            load_adapters(path).on(FLUX)
+
+
+GGUF_NAMES = {
+    "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+    "llama.cpp": ("{}.weight.lora_a", "{}.weight.lora_b"),
+}
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("names", GGUF_NAMES)
+def test_a_gguf_file_is_read_as_one_of_safetensors(names, kind, tmp_path):
+    """Of any type; llama.cpp's own adapters have one alpha for all of them, and a rank of 1 has lost a dimension."""
+    stored, plain = {}, {}
+    for module, rank in (("double_blocks.0.img_attn.proj", 32), ("img_in", 1)):
+        rows, columns = FLUX[module]
+        down, up = pair(rows, columns, rank)
+        spelled = module.replace(".", "_") if names == "kohya" else module
+        for part, tensor, template in zip("AB", (down, up), GGUF_NAMES[names], strict=True):
+            used = kind if rank == 32 or kind == "F16" else "F32"
+            array = tensor.numpy()[0] if rank == 1 and part == "A" else tensor.numpy()
+            stored[template.format(spelled)] = array, used
+            data = gguf_samples.encode(tensor.numpy(), gguf.GGMLQuantizationType[used])
+            decoded = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[used]).astype("float32"))
+            plain[f"diffusion_model.{module}.lora_{part}.weight"] = decoded.reshape(tensor.shape)
+        plain[f"diffusion_model.{module}.alpha"] = torch.tensor(8.0)
+        if names != "llama.cpp":
+            alpha = GGUF_NAMES[names][0].rpartition(".lora")[0].format(spelled) + ".alpha"
+            stored[alpha] = torch.tensor([8.0]).numpy(), "F32"
+    metadata = {"general.type": "adapter", "adapter.lora.alpha": 8.0} if names == "llama.cpp" else {}
+    path = gguf_samples.write_gguf(tmp_path / "a.gguf", stored, "flux", metadata, orig_shapes=False)
+    save_file(plain, tmp_path / "a.safetensors")
+    ours, theirs = (load_adapters(p).on(FLUX) for p in (path, tmp_path / "a.safetensors"))
+    assert len(ours.placed) == 2 and not ours.missing and not ours.rejected
+    want = {placed.key: placed.adapter for placed in theirs.placed}
+    for placed in ours.placed:
+        shape = torch.zeros(FLUX[placed.target.layer])
+        assert torch.equal(placed.adapter.delta(shape), want[placed.key].delta(shape))
+
+
+@pytest.mark.parametrize("alpha, scale", [(8.0, 0.5), (0.0, 1.0), (None, 1.0)])
+def test_the_scale_of_llama_cpps_files(alpha, scale):
+    """It takes an alpha of 0 for none."""
+    down, up = pair(32, 16, 16)
+    named = from_llama_cpp({"x.weight.lora_a": down, "x.weight.lora_b": up}, alpha)
+    assert float(named.get("x.alpha", torch.tensor(16.0))) / 16 == scale
+
+
+def packed_where_it_fits(value: Any) -> tuple[Any, Any, int]:
+    """A host's value with factors in Q8_0, the same decoded, and how many there are."""
+    kind, fields = value if len(value) == 2 else ("diff", value)
+    packed, plain = list(fields), list(fields)
+    for index, tensor in enumerate(fields):
+        if torch.is_tensor(tensor) and tensor.dim() > 1 and tensor.numel() % 32 == 0:
+            data = quantize(tensor.reshape(-1, 32), by_name("Q8_0"))
+            packed[index] = PackedTensor(data.flatten(), by_name("Q8_0"), tensor.shape)
+            plain[index] = packed[index].dequantize(torch.float32)
+    count = sum(isinstance(tensor, PackedTensor) for tensor in packed)
+    return (kind, tuple(packed)), (kind, tuple(plain)), count
+
+
+@pytest.mark.parametrize("name", samples.KINDS)
+def test_packed_factors_do_what_they_decode_to(name):
+    """Of every kind, as a GGUF file has them; what a layer's factors are made of them is ordinary."""
+    r = Sampler(3, torch.float32)
+    shape = (64, 64)
+    packed, plain, count = packed_where_it_fits(samples.KINDS[name](r, shape))
+    layer, x = samples.make_layer(shape, r(*shape)), samples.make_input(shape, r)
+    got, want = (samples.run(layer, x, [samples.patch_of(value, shape, 0.7)]) for value in (packed, plain))
+    assert count and torch.equal(got, want) and type(got) is torch.Tensor
+    assert not torch.equal(got, layer(x))
+
+
+def test_factors_of_a_gguf_file_stay_packed(tmp_path):
+    """In copies of the file's bytes: a file that is deleted or replaced later changes nothing."""
+    shape = (64, 64)
+    down, up = pair(*shape, 32)
+    stored = {"img_in.lora_A.weight": (down.numpy(), "Q8_0"), "img_in.lora_B.weight": (up.numpy(), "Q4_0")}
+    path = gguf_samples.write_gguf(tmp_path / "a.gguf", stored, "flux", orig_shapes=False)
+    (placed,) = load_adapters(path).on({"img_in": shape}).placed
+    assert [factor.fmt.name for factor in (placed.adapter.down, placed.adapter.up)] == ["Q8_0", "Q4_0"]
+    assert not is_mapped(path)
+
+
+def test_gguf_files_that_are_no_loras(tmp_path):
+    model = gguf_samples.write_gguf(tmp_path / "m.gguf", {"img_in.weight": (pair(32, 16)[0].numpy(), "F16")})
+    with pytest.raises(AdapterError, match=r"the file is a GGUF model: load it as a model \(.*m.gguf\)"):
+        load_adapters(model)
+    whole = gguf_samples.write_gguf(tmp_path / "l.gguf", {"img_in.lora_A.weight": (pair(32, 32)[0].numpy(), "Q8_0")})
+    data = whole.read_bytes()
+    for length in (4, 40, len(data) // 2, len(data) - 32):
+        (tmp_path / "cut.gguf").write_bytes(data[:length])
+        with pytest.raises(AdapterError, match=r"cut.gguf"):
+            load_adapters(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf"])
+def test_what_a_file_says_of_itself_is_read_without_its_tensors(tmp_path, suffix):
+    told = {"ss_output_name": "a\nb\x07", "ss_network_alpha": "None", "modelspec.trigger_phrase": " ohwx ,, a\tb"}
+    tags = {"10_a": {"cat ": 2, "dog": 3}, "5_b": {"cat": 4}}
+    told |= {"ss_unet_lr": "x" * 5000, "ss_tag_frequency": json.dumps(tags)}
+    factors = {f"lora_unet_img_in.lora_{side}.weight": torch.ones(4, 32) for side in ("down", "up")}
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".gguf":
+        gguf_samples.write_gguf(path, {k: (t.numpy(), "Q8_0") for k, t in factors.items()}, metadata=told)
+    else:
+        save_file(factors, path, told)
+    info = lora_info(path)
+    assert info.words == ["ohwx", "a b"]
+    assert info.notes == [
+        ("kind", "rank 4"), ("names", "kohya"), ("title", "a b\ufffd"), ("learning rate", "x" * 600),
+        ("words in captions", "cat (6), dog (3)"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tags", ["[1]", "{", '{"a": 1}', '{"a": {"b": "c"}}', '{"a": {"b": 1e999}}', "[" * 9999, "7"])
+def test_odd_captions_are_nothing_to_tell(tmp_path, tags):
+    lora = {"lora_unet_img_in.lora_down.weight": torch.ones(4, 4)}
+    save_file(lora, tmp_path / "a.safetensors", {"ss_tag_frequency": tags})
+    assert lora_info(tmp_path / "a.safetensors").notes == [("kind", "rank 4"), ("names", "kohya")]

@@ -1,4 +1,4 @@
-"""PackedTensor: stays packed where rows are cut and joined, is an ordinary tensor everywhere else, never writes."""
+"""PackedTensor: stays packed where blocks stay whole, is an ordinary tensor in fp32 everywhere else, never writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from graft.kernels import CorruptFile, by_name
-from graft.ops.gguf_file import open_gguf
+from graft.ops.files.gguf import open_gguf
 from graft.ops.layers import unpack_leftovers
 from graft.ops.packed import PackedTensor, as_weight, convert_rows
 from graft.tests.gguf_samples import write_gguf
@@ -108,6 +108,14 @@ KEEPS_PACKED = {
     "cat, negative dim": lambda t: torch.cat([t, t], dim=-2),
     "vstack": lambda t: torch.vstack([t, t]),
     "cat of three dims": lambda t: torch.cat([t.view(3, 2, COLUMNS), t.view(3, 2, COLUMNS)]),
+    "rows by step": lambda t: t[::2],
+    "in the middle": lambda t: t.view(2, 3, COLUMNS)[:, 1:],
+    "in the middle, by step": lambda t: t.view(2, 3, COLUMNS)[:, ::2],
+    "in the middle, reshaped": lambda t: t.view(2, 3, COLUMNS)[:, :2].reshape(4, COLUMNS).contiguous(),
+    "chunk in the middle": lambda t: t.view(2, 3, COLUMNS).chunk(3, dim=1)[1],
+    "split in the middle": lambda t: t.view(2, 3, COLUMNS).split([1, 2], dim=-2)[1],
+    "index_select in the middle": lambda t: t.view(2, 3, COLUMNS).index_select(1, torch.tensor([2, 0])),
+    "cat in the middle": lambda t: torch.cat([t.view(2, 3, COLUMNS), t.view(2, 3, COLUMNS)[:, :1]], dim=1),
 }
 
 
@@ -144,7 +152,6 @@ def test_parts_stay_packed_and_share_the_bytes(operation, fmt, modes):
 
 IS_ORDINARY = {
     "a row": lambda t: t[2],
-    "rows by step": lambda t: t[::2],
     "columns": lambda t: t[:, 3:9],
     "narrow columns": lambda t: t.narrow(1, 256, 256),
     "chunk columns": lambda t: t.chunk(2, dim=1)[1],
@@ -165,33 +172,49 @@ IS_ORDINARY = {
     "add": lambda t: t + 1,
     "multiply from the left": lambda t: 2 * t,
     "abs": torch.abs,
-    "sum": lambda t: t.sum(dtype=torch.float32),
-    "matmul": lambda t: torch.ones(2, ROWS, dtype=t.dtype) @ t,
-    "linear": lambda t: nn.functional.linear(torch.ones(2, COLUMNS, dtype=t.dtype), t),
-    "float": lambda t: t.float().to(torch.bfloat16),
-    "type": lambda t: t.type(torch.float64).to(torch.bfloat16),
-    "to, as tensors": lambda t: t.to(torch.empty(0, dtype=torch.float16)).to(torch.bfloat16),
+    "sum": lambda t: t.sum(),
+    "add another": lambda t: t + torch.ones(COLUMNS, dtype=torch.bfloat16),
+    "float": lambda t: t.float(),
+    "type": lambda t: t.type(torch.float64),
+    "to, as tensors": lambda t: t.to(torch.empty(0, dtype=torch.float16)),
+    "matmul": lambda t: torch.ones(2, ROWS) @ t,
 }
 
 
 @pytest.mark.parametrize("operation", IS_ORDINARY)
 def test_any_other_operation_sees_the_weights(operation, modes):
+    """In fp32 or the dtype that was asked for, and never by way of the one that is shown."""
     tensor, weights = packed(shape=(ROWS, COLUMNS))
-    got, want = IS_ORDINARY[operation](tensor), IS_ORDINARY[operation](weights.to(torch.bfloat16))
+    got, want = IS_ORDINARY[operation](tensor), IS_ORDINARY[operation](weights)
     assert type(got) is torch.Tensor
     assert got.dtype == want.dtype
-    if operation in ("float", "type", "to, as tensors"):
-        # rounded from fp32 to fp16 or not at all before bf16: never by way of the shown dtype
-        want = weights.to(torch.float16).to(torch.bfloat16) if operation == "to, as tensors" else want
+    assert torch.equal(got, want)
+
+
+PRODUCTS = {
+    "matmul": lambda t, dtype: torch.ones(2, ROWS, dtype=dtype) @ t,
+    "matmul from the left": lambda t, dtype: t @ torch.ones(COLUMNS, 2, dtype=dtype),
+    "mm": lambda t, dtype: torch.mm(torch.ones(2, ROWS, dtype=dtype), t),
+    "linear": lambda t, dtype: nn.functional.linear(torch.ones(2, COLUMNS, dtype=dtype), t),
+    "linear, by name": lambda t, dtype: nn.functional.linear(input=torch.ones(2, COLUMNS, dtype=dtype), weight=t),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_product_is_in_the_dtype_of_what_it_is_with(product, dtype, modes):
+    tensor, weights = packed()
+    got, want = PRODUCTS[product](tensor, dtype), PRODUCTS[product](weights.to(dtype), dtype)
+    assert type(got) is torch.Tensor and got.dtype == dtype
     assert torch.equal(got, want)
 
 
 def test_predicates_see_the_weights():
     tensor, weights = packed()
-    assert torch.equal(tensor, tensor) and torch.equal(tensor, weights.to(torch.bfloat16))
+    assert torch.equal(tensor, tensor) and torch.equal(tensor, weights)
     assert torch.allclose(tensor.float(), weights, rtol=0, atol=0)
     assert bool((tensor == tensor).all())
-    assert tensor.sum(dtype=torch.float64).item() == weights.to(torch.bfloat16).sum(dtype=torch.float64).item()
+    assert tensor.sum(dtype=torch.float64).item() == weights.sum(dtype=torch.float64).item()
     assert len(list(tensor)) == ROWS
 
 
@@ -199,7 +222,7 @@ def test_mixed_formats_join_as_weights():
     a, wa = packed("Q4_K")
     b, wb = packed("Q6_K", seed=1)
     got = torch.cat([a, b])
-    assert type(got) is torch.Tensor and torch.equal(got, torch.cat([wa, wb]).to(torch.bfloat16))
+    assert type(got) is torch.Tensor and torch.equal(got, torch.cat([wa, wb]))
     got = torch.cat([a, torch.zeros(1, COLUMNS)])
     assert type(got) is torch.Tensor and got.shape == (ROWS + 1, COLUMNS)
 
@@ -226,7 +249,7 @@ def test_a_reshaped_tensor_is_whole_or_ordinary(shape, modes):
     whole = torch.Size(shape[1:]).numel() % 256 == 0
     for part, want in zip(tensor.split(1), weights.split(1), strict=True):
         assert isinstance(part, PackedTensor) == whole
-        assert torch.equal(part.to(torch.float32), (want if whole else want.to(torch.bfloat16)).float())
+        assert torch.equal(part.to(torch.float32), want)
     joined = torch.cat([tensor, tensor])
     assert isinstance(joined, PackedTensor) == whole and joined.shape == (2 * shape[0], *shape[1:])
 
@@ -429,3 +452,12 @@ def test_a_hosts_conversion_of_too_little():
         convert_rows({"k": packed()[0], "mod": mod, "norm": norm}, joining)
     none = convert_rows({"q": packed()[0], "mod": mod, "norm": torch.empty(0, 4)}, joining)
     assert none["plain"].shape == (0, 4)
+
+
+def test_a_parameter_is_added_to_without_gradients():
+    """As optimizers and hosts' merges do: the weights are worked out in the mode that the caller is in."""
+    tensor, weights = packed()
+    target = nn.Parameter(torch.ones(ROWS, COLUMNS))
+    with torch.no_grad():
+        target.add_(tensor)
+    assert torch.equal(target.detach(), 1 + weights)

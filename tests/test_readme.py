@@ -9,13 +9,41 @@ import sys
 import pytest
 from conftest import ROOT
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md", "demo/README.md", "docs/benchmarks.md")
+DOCUMENTS = (
+    "README.md", "README.zh.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md", "demo/README.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)  # fmt: skip
 
 
 def test_the_format_matrix_is_that_of_the_table():
-    command = [sys.executable, str(ROOT / "benchmarks" / "readme_matrix.py"), "--check"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "formats_matrix.py"), "--check"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_saved_nodes_name_this_version_of_the_pack():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    name, version = (re.search(rf'^{key} = "(.+)"$', project, re.MULTILINE)[1] for key in ("name", "version"))
+    assert f'const PACK = {{ cnr_id: "{name}", ver: "{version}" }};' in (ROOT / "web" / "graft.js").read_text("utf-8")
+
+
+def test_the_chinese_readme_says_as_much():
+    """Section by section the same pictures, commands, numbers, and links; only the words differ."""
+
+    def skeleton(name: str) -> list[tuple[object, ...]]:
+        sections = re.split(r"^## .*$", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return [
+            (
+                sorted(re.findall(r"\]\(((?!README|#)[^)\s]+)\)", section)),
+                re.findall(r"^ {4,}(.*)$", section, re.MULTILINE),
+                len(re.findall(r"^ *(?:[-|]|\d\.) ?", section, re.MULTILINE)),  # rows and points
+                sorted(re.findall(r"`([^`]*)`", section)),
+                sorted(re.findall(r"\d+(?:\.\d+)*", section)),
+            )
+            for section in sections
+        ]
+
+    assert skeleton("README.zh.md") == skeleton("README.md")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

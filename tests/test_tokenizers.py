@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import sentencepiece
 from google.protobuf.unknown_fields import UnknownFieldSet
 from graft.kernels.errors import CorruptFile, GraftError, UnsupportedFormat
-from graft.ops.gguf_file import GGUFFile, open_gguf
-from graft.ops.tokenizers import sentencepiece_model, tekken_model
+from graft.ops.files.gguf import GGUFFile, open_gguf
+from graft.ops.files.tokenizer_writer import unigram_entries
+from graft.ops.files.tokenizers import byte_level_tokenizer, gemma4_tokenizer, sentencepiece_model, tekken_model
+from graft.ops.files.writer import write_gguf
 from graft.tests import tokenizer_samples as samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,7 +25,15 @@ from transformers.integrations.mistral import MistralConverter
 
 Pair = tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor]
 
+
+def write_ours(path: Path, model: bytes, vocab_size: int) -> Path:
+    """As Graft writes a UMT5 that it saves."""
+    write_gguf(path, {"general.architecture": "t5encoder", **unigram_entries(model, vocab_size)}, [])
+    return path
+
+
 WRITERS = {
+    "umt5, saved": (lambda: samples.train_umt5(byte_fallback=True), write_ours),
     "umt5": (lambda: samples.train_umt5(byte_fallback=False), samples.write_t5),
     "umt5 with bytes": (lambda: samples.train_umt5(byte_fallback=True), samples.write_t5),
     "gemma": (samples.train_gemma, samples.write_gemma),
@@ -119,6 +130,13 @@ def test_instruct_models_keep_their_own_eos(models, tmp_path):
         check(pair, text)
 
 
+def test_a_damaged_tokenizer_is_not_written(models):
+    whole = models["umt5"][0]
+    for damaged in (b"", b"\x00", whole[:-20], b"\xff" * 20, whole[:100] + b"\x0a\xff\xff\x7f"):
+        with pytest.raises(CorruptFile, match="the text encoder's tokenizer is damaged"):
+            unigram_entries(damaged, 600)
+
+
 # Tekken
 
 
@@ -163,6 +181,45 @@ def test_tekken_vocabulary(tekken, tekken_pair):
     assert [entry["rank"] for entry in model["vocab"]] == list(range(original.get_vocab_size() - len(samples.SPECIALS)))
     assert [(entry["rank"], entry["token_str"]) for entry in model["special_tokens"]] == [*enumerate(samples.SPECIALS)]
     assert {base64.b64decode(entry["token_bytes"]) for entry in model["vocab"]} >= {bytes([b]) for b in range(256)}
+
+
+BPE = {
+    "gemma4": (gemma4_tokenizer, samples.train_gemma4, ("gemma4",)),
+    "gpt-oss": (byte_level_tokenizer, samples.train_harmony, ("gpt2", "gpt-4o")),
+}
+
+
+@pytest.fixture(scope="module")
+def bpe_pairs(tmp_path_factory) -> dict[str, tuple[Tokenizer, Tokenizer]]:
+    """Each original, and what becomes of it by way of a GGUF file."""
+    folder, made = tmp_path_factory.mktemp("bpe"), {}
+    for name, (build, train, kinds) in BPE.items():
+        original = train()
+        file = open_gguf(samples.write_bpe(folder / f"{name}.gguf", original, *kinds))
+        made[name] = original, Tokenizer.from_str(build(file).decode())
+    return made
+
+
+def check_bpe(pair: tuple[Tokenizer, Tokenizer], text: str) -> None:
+    theirs, ours = pair
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, add_special_tokens=False).ids == ids
+    for skipped in (True, False):
+        assert ours.decode(ids, skip_special_tokens=skipped) == theirs.decode(ids, skip_special_tokens=skipped)
+
+
+@pytest.mark.parametrize("name", BPE)
+@pytest.mark.parametrize("text", [*samples.TEXTS, "<|turn>user\nHi<turn|> <|start|>system<|message|>a<|end|> <bos>"])
+def test_bpe_texts(name, text, bpe_pairs):
+    check_bpe(bpe_pairs[name], text)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=150)
+@given(text=MIXED)
+def test_bpe_any_text(text, bpe_pairs):
+    for pair in bpe_pairs.values():
+        check_bpe(pair, text)
+        assert pair[0].get_vocab() == pair[1].get_vocab()
 
 
 # Files that say too little, or something else
@@ -216,7 +273,33 @@ def test_charsmap_of_signed_bytes(models):
     assert sentencepiece_model_pb2.ModelProto.FromString(model).normalizer_spec.precompiled_charsmap == charsmap
 
 
+def charsmap(*units: int, texts: bytes = b"a\0", size: int = 1024) -> dict[str, Any]:
+    """A T5's fields with rules whose trie begins with these units."""
+    # all others have labels under which nothing looks for them
+    trie = struct.pack("<256I", *units, *[255 - place for place in range(len(units), 256)])
+    return T5 | {"precompiled_charsmap": list(struct.pack("<I", size) + trie + texts)}
+
+
+def test_a_charsmap_is_followed_before_sentencepiece_follows_it(models):
+    """Its versions before 0.2.1 read wherever one leads."""
+    rules = sentencepiece_model_pb2.ModelProto.FromString(models["umt5"][0]).normalizer_spec.precompiled_charsmap
+    assert sentencepiece_model(file_of(**charsmap(0, 3 << 10 | 0x100 | 1, 1 << 31)))
+    for place in (0, 1, 70, 200):
+        units = bytearray(rules)
+        struct.pack_into("<I", units, 4 + 4 * place, 0x1FFFFF << 10 | 0x200 | place)
+        with pytest.raises(CorruptFile, match="charsmap is damaged"):
+            sentencepiece_model(file_of(**T5, precompiled_charsmap=list(units)))
+
+
 BAD_PIECES = {
+    "special tokens alone": T5 | {"token_type": [3, 3, 2, 3, 3, 3]},
+    "a charsmap without texts": charsmap(texts=b""),
+    "a charsmap whose last text has no end": charsmap(texts=b"a"),
+    "a charsmap of a size that is none": charsmap(size=1020),
+    "a charsmap shorter than its size": charsmap(size=4096),
+    "a charsmap that leads behind its end": charsmap(256 << 10),
+    "a charsmap that leads far behind its end": charsmap(0x1FFFFF << 10 | 0x200),
+    "a charsmap with a text behind its end": charsmap(0, 3 << 10 | 0x100 | 1, 1 << 31 | 2),
     "no tokens": without(LLAMA, "tokens"),
     "empty tokens": LLAMA | {"tokens": []},
     "tokens are a string": LLAMA | {"tokens": "abc"},
@@ -256,6 +339,25 @@ BAD_TEKKEN = {
 }
 
 
+GEMMA4: dict[str, Any] = {
+    "model": "gemma4", "tokens": ["<pad>", "<eos>", "<bos>", "<unk>", "a", "b", "ab", "<table>", "<0x00>"],
+    "token_type": [3, 3, 3, 3, 1, 1, 1, 1, 6], "merges": ["a b"],
+}  # fmt: skip
+HARMONY: dict[str, Any] = GPT2 | {"pre": "gpt-4o", "tokens": [*GPT2["tokens"], "ab"], "merges": ["a b"]}
+HARMONY["token_type"] = [*GPT2["token_type"], 1]
+BAD_BPE = {
+    "no merges": without(GEMMA4, "merges"),
+    "a merge of one": GEMMA4 | {"merges": ["ab"]},
+    "a merge of what is no token": GEMMA4 | {"merges": ["a c"]},
+    "a merge to what is no token": GEMMA4 | {"merges": ["b a"]},
+    "merges are numbers": GEMMA4 | {"merges": [1]},
+    "a token twice": changed(GEMMA4, "tokens", 4, "b"),
+    "an empty token": changed(GEMMA4, "tokens", 7, ""),
+    "nothing unknown": changed(GEMMA4, "tokens", 3, "c"),
+    "types too few": GEMMA4 | {"token_type": [3]},
+}
+
+
 def refusal(build: Any, fields: dict[str, Any]) -> GraftError:
     with pytest.raises(GraftError) as caught:
         build(file_of(**fields))
@@ -274,7 +376,18 @@ def test_bad_tekken(name):
     assert isinstance(refusal(tekken_model, BAD_TEKKEN[name]), CorruptFile)
 
 
-OTHERS = [(sentencepiece_model, "gpt2"), (sentencepiece_model, 7), (tekken_model, "llama")]
+@pytest.mark.parametrize("name", BAD_BPE)
+def test_bad_bpe(name):
+    assert isinstance(refusal(gemma4_tokenizer, BAD_BPE[name]), CorruptFile)
+
+
+def test_words_split_in_another_way():
+    for pre in (None, "qwen2", 7):
+        assert isinstance(refusal(byte_level_tokenizer, HARMONY | {"pre": pre}), UnsupportedFormat)
+
+
+OTHERS = [(sentencepiece_model, "gpt2"), (sentencepiece_model, 7), (tekken_model, "llama"), (gemma4_tokenizer, "llama"),
+          (byte_level_tokenizer, "gemma4")]  # fmt: skip
 
 
 @pytest.mark.parametrize("build, model", OTHERS)
@@ -295,7 +408,7 @@ ITEMS = st.integers(-3, 300) | st.floats() | st.booleans() | st.sampled_from([""
 
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=150)
-@given(data=st.data(), base=st.sampled_from([LLAMA, T5, GPT2]))
+@given(data=st.data(), base=st.sampled_from([LLAMA, T5, GPT2, GEMMA4, HARMONY]))
 def test_damage_is_refused_or_harmless(data, base):
     """Whatever stands in the fields: an error of ours, or a model that loads."""
     fields = dict(base)
@@ -308,6 +421,9 @@ def test_damage_is_refused_or_harmless(data, base):
     try:
         if base is GPT2:
             json.loads(tekken_model(file_of(**fields)))
+        elif base is GEMMA4 or base is HARMONY:
+            build = gemma4_tokenizer if base is GEMMA4 else byte_level_tokenizer
+            Tokenizer.from_str(build(file_of(**fields)).decode()).encode("a <eos>b")
         else:
             samples.processor(sentencepiece_model(file_of(**fields))).encode("a <eos>b")
     except GraftError:

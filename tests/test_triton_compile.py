@@ -65,6 +65,9 @@ def test_instructions_per_weight(kernel):
     assert_sound(rows)
     over = {row.case.fmt: row.instructions for row in rows if row.instructions > BUDGETS[row.case.fmt]}
     assert not over
+    loads = {row.case.fmt: row.loads for row in rows}
+    # halves of words took 0.56 and 1.12, and were loaded anew for each of the weights that lie in them
+    assert loads["Q8_0"] < 0.4 and loads["Q6_K"] < (0.6 if kernel == "matmul" else 0.4)
     if kernel == "matmul":
         assert all(row.tensor_cores for row in rows)
 
@@ -77,3 +80,12 @@ def test_linear_kernels(target):
     rows = survey(cases)
     assert_sound(rows)
     assert all(row.tensor_cores for row in rows if row.case.kernel == "matmul")
+
+
+def test_int8_kernels():
+    """Every kind of decode on one card, and the one that takes most registers on all of NVIDIA's."""
+    cases = [Case("int8", name, "sm_86", count=False) for name in KINDS if name != "Q6_K"]
+    cases += [Case(kernel, "Q6_K", target, count=False) for kernel in ("int8", "int8_largest") for target in NVIDIA]
+    rows = survey(cases)
+    assert_sound(rows)
+    assert all(row.tensor_cores and row.wide_stores for row in rows if row.case.kernel == "int8")

@@ -126,3 +126,27 @@ def test_a_term_may_read_some_of_the_ranks(kernel, first, rank, monkeypatch):
     got = linear(x.to(DEVICE), data, fmt, None, low_rank, n, "triton")
     t = 0.5 * x.double() @ down[first : first + rank].double().T
     torch.testing.assert_close(got.cpu().double(), x.double() @ exact.T + t @ up.double().T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", ["matvec", "matmul"])
+@pytest.mark.parametrize("scales", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_scale_beside_the_weight_comes_before_bias_and_adapters(kernel, scales, dtype, monkeypatch):
+    """In fp16, too, of which what has not been scaled yet is beyond the range."""
+    monkeypatch.setattr(triton_, "choose", lambda *args: kernel)
+    fmt, n, k = BY_NAME["NVFP4"], 6, 128
+    data, exact = weights(fmt, n, k)
+    generator = torch.Generator().manual_seed(scales)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    scale = torch.rand(scales, generator=generator) * 1e-3 + 1e-4
+    x, bias, down, up = 400 * normal(2, k), normal(n), normal(16, k), normal(n, 16)
+    low_rank = LowRank(down.to(DEVICE), torch.full((16,), 1e-3, device=DEVICE), ((0, 0, up.to(DEVICE)),))
+    got = linear(x.to(DEVICE), data, fmt, bias.to(DEVICE), low_rank, n, "triton", scale.to(DEVICE))
+    unscaled = x.double() @ exact.T
+    assert unscaled.abs().max() > torch.finfo(torch.float16).max
+    want = unscaled * scale + bias.double() + 1e-3 * x.double() @ down.double().T @ up.double().T
+    error = (got.cpu().double() - want).norm() / want.norm()
+    assert got.dtype == dtype and error < (1e-5 if dtype == torch.float32 else 2e-3)

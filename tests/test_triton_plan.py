@@ -15,6 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
 
 
+def card(monkeypatch, architecture: str, multiprocessors: int = 1) -> None:
+    """As if CUDA's first device were of this kind."""
+    monkeypatch.setattr(plan, "architecture", lambda device: architecture)
+    monkeypatch.setattr(plan, "multiprocessors", lambda device: multiprocessors)
+
+
 @pytest.mark.parametrize(
     ("architecture", "m", "kernel"),
     [
@@ -32,8 +38,24 @@ CUDA = torch.device("cuda", 0)
     ],
 )
 def test_kernel_follows_rows_and_architecture(monkeypatch, architecture, m, kernel):
-    monkeypatch.setattr(plan, "architecture", lambda device: architecture)
+    card(monkeypatch, architecture)
     assert choose(m, 3072, 3072, BY_NAME["Q4_K"], CUDA, torch.bfloat16) == kernel
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "multiprocessors", "kernel"),
+    [
+        (16, 3072, 48, "matmul"),
+        (16, 3072, 49, "dequantize"),
+        (16, 3073, 49, "matmul"),
+        (128, 9216, 128, "matmul"),
+        (1, 64, 128, "matvec"),
+    ],
+)
+def test_the_fused_kernel_covers_the_card(monkeypatch, m, n, multiprocessors, kernel):
+    """A program makes 64 columns of the output, whatever K: with fewer programs than multiprocessors some are idle."""
+    card(monkeypatch, "sm_89", multiprocessors)
+    assert choose(m, n, 3072, BY_NAME["Q4_K"], CUDA, torch.bfloat16) == kernel
 
 
 @pytest.mark.parametrize(
@@ -42,7 +64,7 @@ def test_kernel_follows_rows_and_architecture(monkeypatch, architecture, m, kern
 )
 def test_what_has_no_fused_kernel_is_decoded(monkeypatch, name, k, dtype):
     """Types that torch multiplies itself; fp32, which tensor cores would round."""
-    monkeypatch.setattr(plan, "architecture", lambda device: "sm_89")
+    card(monkeypatch, "sm_89")
     assert choose(16, 3072, k, BY_NAME[name], CUDA, dtype) == "dequantize"
 
 
@@ -194,6 +216,63 @@ assert compiled() == before, compiled()
 def test_warm_compiles_what_launches_ask_for():
     """Not one specialization more: neither sizes nor ranks make another."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_DEVICE, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# kernels that are found again without Triton: what is counted is how often it looks one up itself
+KEPT = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, sys.argv[1])
+import checkout, torch
+from gpu.standin import Launcher, stand_in
+from graft.kernels.formats import by_name
+from graft.kernels.triton_ import launch, matvec
+from triton.runtime.jit import JITFunction
+
+stand_in("sm_86")
+looked_up, launched = [], []
+run = JITFunction.run
+JITFunction.run = lambda self, *args, **more: looked_up.append(self) or run(self, *args, **more)
+Launcher.__call__ = lambda self, *args: launched.append(args[:3] + args[9:])
+fmt, n, k = by_name("Q8_0"), 8, 256
+data, out = torch.zeros(n, fmt.row_bytes(k), dtype=torch.uint8), torch.empty(1, n, dtype=torch.bfloat16)
+x, bias = torch.zeros(1, k, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.bfloat16)
+term = torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(n, 16, dtype=torch.bfloat16)
+beside = torch.zeros(k + 1, dtype=torch.bfloat16)[1:].view(1, k)  # not where 16 bytes begin
+for case in ((x, None, None), (x, bias, None), (x, bias, term), (x.half(), bias, None)):
+    for turn in range(2):
+        matvec(case[0], data, fmt, out, *case[1:])
+    first, again = launched[-2:]
+    assert len(first) == len(again) and all(a is b or a == b for a, b in zip(first, again)), (first, again)
+assert len(looked_up) == 4 and len(launched) == 8, (len(looked_up), len(launched))
+for turn in range(2):
+    matvec(beside, data, fmt, out)
+assert len(looked_up) == 6 and len(launched) == 10
+for launcher in (launch.dequantize_launch(fmt, 64), launch.matvec_launch(fmt, 256), launch.int8_launch(fmt)):
+    constants = list(launcher.constants)
+    assert launcher.kernel.arg_names[-len(constants):] == constants
+"""
+
+
+@pytest.mark.parametrize("again", ["right", "wrong", "an error"])
+def test_what_is_kept_is_tried_first(again, monkeypatch):
+    def decode(data, fmt, out):
+        tries.append(fmt.name)
+        if len(tries) == 2 and again == "an error":
+            raise TypeError("function takes 20 arguments (24 given)")
+        out.copy_(torch.zeros(32) if len(tries) == 2 and again == "wrong" else torch.arange(32.0))
+
+    tries: list[str] = []
+    monkeypatch.setattr(launch, "dequantize", decode)
+    monkeypatch.setattr(launch, "_keeps", True)
+    assert launch._probe.__wrapped__(torch.device("cpu")) is None
+    assert tries == ["Q8_0", "Q8_0"] and launch._keeps == (again == "right")
+
+
+def test_a_kernel_is_found_again_with_the_same_arguments():
+    code = [sys.executable, "-c", KEPT, str(ROOT / "benchmarks")]
+    done = subprocess.run(code, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

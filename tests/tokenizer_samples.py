@@ -6,6 +6,7 @@ Needs sentencepiece, tokenizers and gguf, which every ComfyUI with GGUF models h
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import gguf
 import sentencepiece
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, while 42 cats sleep in 1977.",
@@ -219,10 +220,16 @@ def train_tekken(pattern: str, vocab_size: int = 600) -> Tokenizer:
 
 
 def write_tekken(path: str | os.PathLike[str], tokenizer: Tokenizer, padding: int = 0) -> Path:
+    """A GGUF file of nothing but a Mistral's tokenizer."""
+    writer = gguf.GGUFWriter(path, "mistral3")
+    add_tekken(writer, tokenizer, padding)
+    return _finish(writer, path)
+
+
+def add_tekken(writer: gguf.GGUFWriter, tokenizer: Tokenizer, padding: int = 0) -> None:
     """What llama.cpp's _set_vocab_gpt2 writes for it."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     added = tokenizer.get_added_tokens_decoder()
-    writer = gguf.GGUFWriter(path, "mistral3")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("tekken")
     names = [f"[PAD{len(vocabulary) + index}]" for index in range(padding)]
@@ -230,4 +237,62 @@ def write_tekken(path: str | os.PathLike[str], tokenizer: Tokenizer, padding: in
     writer.add_token_types([3 if index in added else 1 for _, index in vocabulary] + [5] * padding)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+
+
+# how words are split by gpt-oss's tokenizer.json
+O200K_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+HARMONY = ["<|startoftext|>", "<|endoftext|>", "<|start|>", "<|message|>", "<|end|>", "<|channel|>"]
+GEMMA_4 = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|image|>"]
+
+
+def train_harmony(vocab_size: int = 600) -> Tokenizer:
+    """A byte-level BPE with gpt-oss's special tokens last, as its tokenizer.json says it."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(O200K_PATTERN), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, level]), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in HARMONY])
+    return tokenizer
+
+
+def train_gemma4(vocab_size: int = 500) -> Tokenizer:
+    """BPE over whole texts with U+2581 for spaces, bytes for what has no token, and some tokens found as a whole."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    back = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence([back, decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, max_token_length=8, limit_alphabet=70,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in GEMMA_4],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    whole = json.loads(tokenizer.to_str())
+    vocab = whole["model"]["vocab"]
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    tokenizer = Tokenizer.from_str(json.dumps(whole))
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<table>", "</table>", "\n\n\n")])
+    return tokenizer
+
+
+def add_bpe(writer: gguf.GGUFWriter, tokenizer: Tokenizer, model: str, pre: str | None = None) -> None:
+    """What llama.cpp's Gemma4Model.set_vocab and _set_vocab_gpt2 write: added tokens may become normal ones."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    added = tokenizer.get_added_tokens_decoder()
+    writer.add_tokenizer_model(model)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list([text for text, _ in vocabulary])
+    is_byte = [len(text) == 6 and text.startswith("<0x") for text, _ in vocabulary]
+    special = [index in added and added[index].special for _, index in vocabulary]
+    writer.add_token_types([3 if s else 6 if b else 1 for s, b in zip(special, is_byte, strict=True)])
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]])
+
+
+def write_bpe(path: str | os.PathLike[str], *args: object) -> Path:
+    """A GGUF file of nothing but such a tokenizer."""
+    writer = gguf.GGUFWriter(path, "gemma4")
+    add_bpe(writer, *args)
     return _finish(writer, path)

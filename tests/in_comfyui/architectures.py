@@ -48,7 +48,7 @@ class Architecture:
         return [[torch.randn(1, *self.context, generator=g), extra]]
 
 
-def _flux(width: int = 3072) -> torch.nn.Module:
+def flux_of(width: int = 3072) -> torch.nn.Module:
     newer = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
     axes = [16, 56, 56]
     return comfy.ldm.flux.model.Flux(
@@ -103,7 +103,7 @@ def _sd15() -> torch.nn.Module:
 
 
 _FLUX = Architecture(
-    "flux", _flux, (1, 16, 16, 16), (24, 4096), 768, ("double_blocks.0.img_attn", "single_blocks.0.linear1")
+    "flux", flux_of, (1, 16, 16, 16), (24, 4096), 768, ("double_blocks.0.img_attn", "single_blocks.0.linear1")
 )
 ARCHITECTURES = {
     a.name: a
@@ -116,7 +116,7 @@ ARCHITECTURES = {
         ),
     )
 }
-NARROW = {**ARCHITECTURES, "flux": replace(_FLUX, build=partial(_flux, 1024))}
+NARROW = {**ARCHITECTURES, "flux": replace(_FLUX, build=partial(flux_of, 1024))}
 """The same with a ninth of Flux's 480 M weights, for tests that merge them again and again."""
 
 
@@ -132,7 +132,7 @@ def write_model(architecture: Architecture, type_name: str, path: Path, seed: in
         shape = tuple(tensor.shape)
         rows = _packed_rows(name, shape, gguf.GGML_QUANT_SIZES[qtype][0])
         if rows is None:
-            writer.add_tensor(name, _plain_weight(name, shape, rng))
+            writer.add_tensor(name, plain_weight(name, shape, rng))
             continue
         some = rng.standard_normal((min(rows[0], ROWS_QUANTIZED), rows[1]), dtype=np.float32) / _root_of_inputs(shape)
         writer.add_tensor(name, encode(some, qtype)[rng.integers(0, len(some), rows[0])], raw_dtype=qtype)
@@ -153,7 +153,8 @@ def _packed_rows(name: str, shape: tuple[int, ...], block: int) -> tuple[int, in
     return (shape[0], shape[1]) if len(shape) == 2 and shape[1] % block == 0 else (count // 256, 256)
 
 
-def _plain_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def plain_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Seeded numbers for a tensor of this name, scaled by its inputs, in the type that converters leave it in."""
     values = rng.standard_normal(shape, dtype=np.float32)
     if len(shape) < 2:
         scales = name.endswith(("scale", "weight"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,18 +39,47 @@ NODE_CLASS_MAPPINGS = {{"TestConditioning": TestConditioning}}
 """
 
 
+def packed_files() -> list[str]:
+    """What ``comfy node pack`` takes: the files that git knows, without those in ``.comfyignore``."""
+
+    def listed(*options: str) -> set[str]:
+        command = ["git", "-C", str(ROOT), "ls-files", "-z", *options]
+        return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")) - {""}
+
+    return sorted(listed() - listed("-ci", f"--exclude-from={ROOT / '.comfyignore'}"))
+
+
+def pack(folder: Path) -> None:
+    """A copy of the pack as the registry hands it on."""
+    for name in packed_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
 class Server:
     """Started by the constructor, which returns when the server listens; ended by `stop`.
 
-    Without `python` and `folder` it is the ComfyUI that the tests run in.
+    Without `python` and `folder` it is the ComfyUI that the tests run in. With `packed` the pack is what the registry
+    hands on, in a folder of another name; with `bare` there is none.
+
+    Attributes:
+        host: whose name its pages know it by.
     """
 
-    def __init__(self, base: Path, python: Path | str = sys.executable, folder: Path | None = None) -> None:
+    host = ""
+
+    def __init__(
+        self, base: Path, python: Path | str = sys.executable, folder: Path | None = None, packed: bool = False,
+        bare: bool = False,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "graft").symlink_to(ROOT, target_is_directory=True)
+        if packed:
+            pack(base / "custom_nodes" / "GGUF with LoRAs-0.1.0")
+        elif not bare:
+            (base / "custom_nodes" / "graft").symlink_to(ROOT, target_is_directory=True)
         code = TEST_NODES.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent))
         (base / "custom_nodes" / "test_nodes.py").write_text(code)
         command = [
@@ -61,6 +91,7 @@ class Server:
             command, cwd=folder or os.environ["COMFYUI_PATH"], env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        self.python = Path(python)
         self.log: list[str] = []
         self.output = base / "output"
         assert self.process.stdout is not None
@@ -86,6 +117,18 @@ class Server:
         async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{self.port}{path}") as answer:
             return await answer.json()
 
+    def fetch(self, path: str) -> tuple[int, dict, bytes]:
+        """An answer as it comes: its status, headers and body. `path` is encoded already."""
+        return asyncio.run(self._fetch(path))
+
+    async def _fetch(self, path: str) -> tuple[int, dict, bytes]:
+        import aiohttp
+        import yarl
+
+        address = yarl.URL(f"http://127.0.0.1:{self.port}{path}", encoded=True)
+        async with aiohttp.ClientSession() as session, session.get(address) as answer:
+            return answer.status, dict(answer.headers), await answer.read()
+
     def run(self, workflow: dict, drawn: dict | None = None) -> dict:
         """Queue a workflow in API format, wait for its end, and return its entry in the history.
 
@@ -94,7 +137,7 @@ class Server:
         return asyncio.run(asyncio.wait_for(self._run(workflow, drawn), 240))
 
     def refused(self, workflow: dict) -> dict[str, str]:
-        """What the host has against a prompt before anything runs: each such node's class and its errors."""
+        """What the host has against a prompt before anything runs: the classes of such nodes and their errors."""
         return asyncio.run(self._refused(workflow))
 
     async def _refused(self, workflow: dict) -> dict[str, str]:
@@ -103,7 +146,10 @@ class Server:
         address = f"http://127.0.0.1:{self.port}/prompt"
         async with aiohttp.ClientSession() as session, session.post(address, json={"prompt": workflow}) as answer:
             errors = (await answer.json())["node_errors"].values()
-        return {node["class_type"]: "; ".join(error["details"] for error in node["errors"]) for node in errors}
+        found: dict[str, list[str]] = {}
+        for node in errors:
+            found.setdefault(node["class_type"], []).extend(error["details"] for error in node["errors"])
+        return {kind: "; ".join(details) for kind, details in found.items()}
 
     async def _run(self, workflow: dict, drawn: dict | None) -> dict:
         import aiohttp

@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import nodes
 import torch
 from architectures import Architecture, flux_as_wide_as_its_file, write_model
 
+WITHOUT_DYNAMIC = {"disable_dynamic": True} if hasattr(comfy.model_patcher, "ModelPatcherDynamic") else {}
+"""What references are loaded with: the plain run, also where all other models have dynamic VRAM."""
 
-def dense_model(pack, path):
+
+def dense_model(pack, path, disable_dynamic=True):
     """ComfyUI's own model on the dequantized weights, computing in fp32."""
-    reader, packed = pack("ops.gguf_file"), pack("ops.packed")
-    state = {}
-    for name, tensor in reader.diffusion_tensors(reader.open_gguf(path)).items():
-        weight = packed.as_weight(tensor)
-        state[name] = weight.dequantize(torch.float32) if isinstance(weight, packed.PackedTensor) else weight.float()
-    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
+    reader, scales = pack("ops.files.gguf"), pack("ops.files.scales")
+    file = reader.open_gguf(path)
+    weights = scales.weights_of(reader.diffusion_tensors(file), file)
+    state = {name: weight.to(torch.float32) for name, weight in weights.items()}
+    options = WITHOUT_DYNAMIC if disable_dynamic else {}
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32}, **options)
+    model.cached_patcher_init = (dense_model, (pack, path))
+    return model
 
 
 @contextmanager

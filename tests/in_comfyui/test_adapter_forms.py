@@ -11,7 +11,8 @@ import torch
 from adapter_samples import CONV_KINDS, KINDS, LINEAR_KINDS, Sampler, Shape
 from graft.ops import layers
 from graft.ops.adapters import Patch, Region, from_host
-from graft.ops.residual import FactorCache, ResidualStack
+from graft.ops.factors import FactorCache
+from graft.ops.residual import ResidualStack
 
 ALL_KINDS = KINDS | CONV_KINDS | LINEAR_KINDS
 CLASSES = {cls.name: cls for cls in comfy.weight_adapter.adapters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.lora
 import comfy_extras.nodes_torch_compile
 import pytest
 import torch
@@ -55,6 +56,25 @@ def test_strengths_and_loras_of_one_bucket_do_not_recompile(sd3, loras, fresh): 
         seen.append(len(counting.graphs))
     assert seen[0] == seen[-1] == without + 1, f"graphs after each change: {seen}"
     assert torch.equal(sample(graft, SD3), sample(graft.clone(), SD3))
+
+
+def test_masks_and_schedules_do_not_recompile(pack, sd3, loras, fresh):  # noqa: F811
+    graft, dense = sd3
+    module = pack("ops.strengths")
+    keys = comfy.lora.model_lora_keys_unet(dense.model, {})
+    patches = comfy.lora.load_lora(dict(loras[0]), keys)
+    counting = Counting()
+    seen, pictures = [], []
+    masks = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for number, mask in enumerate(masks):
+        when = module.Strength(module.Curve(((0.0, 1.0, "linear"), (1.0, 0.1 * number, "hold"))), mask)
+        branch = graft.clone()
+        branch.add_patches(patches, 0.5 + number, when=when)
+        pictures.append(sample(compiled_block(branch, counting), SD3, steps=2))
+        assert distance(pictures[-1], sample(branch, SD3, steps=2)) < 1e-6
+        seen.append(len(counting.graphs))
+    assert seen == [1, 1, 1], f"graphs after each change: {seen}"
+    assert distance(pictures[0], pictures[1]) > 1e-3
 
 
 def test_the_node_compiles_the_whole_model_with_inductor(sd3, loras, fresh):  # noqa: F811

@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, META
 from graft.ops.adapters import Region, from_host
-from graft.ops.dialects import extra_dialects, module_names
+from graft.ops.files.dialects import LayerNames, extra_dialects
 
 H = 3072
 UNETS = {
@@ -54,14 +54,14 @@ def key_map(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 def test_our_names_are_the_hosts(name: str) -> None:
     theirs, state = key_map(name)
     shapes = {k.removesuffix(".weight"): v.shape for k, v in state.items() if k.endswith(".weight") and v.dim() > 1}
-    ours = module_names(shapes)
+    ours = LayerNames(shapes)
     compared = 0
     for lora_name, target in theirs.items():
         key, region, function = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
         if key.removesuffix(".weight") not in shapes:
             continue
-        assert lora_name in ours, f"{lora_name} is missing"
-        mine = ours[lora_name]
+        (mine,) = ours.targets(lora_name) or [None]
+        assert mine is not None, f"{lora_name} is missing"
         assert (mine.key, mine.region and tuple(mine.region)) == (key, region and tuple(region)), lora_name
         if function is not None:
             rows = torch.arange(6.0).unsqueeze(1)

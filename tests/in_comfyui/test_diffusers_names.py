@@ -52,7 +52,7 @@ def test_a_state_dict_becomes_what_the_host_makes_of_it(pack, tmp_path, name):
             tensors[key] = (rng.standard_normal(rows, dtype=np.float32), "F32")
         else:
             tensors[key] = (rng.standard_normal((rows, 32), dtype=np.float32), "Q8_0")
-    reader, packed = pack("ops.gguf_file"), pack("ops.packed")
+    reader, packed = pack("ops.files.gguf"), pack("ops.packed")
     file = reader.open_gguf(write_gguf(tmp_path / "model.gguf", tensors))
     state = {key: packed.as_weight(tensor) for key, tensor in file.tensors.items()}
     decoded = {key: t.to(torch.float32) for key, t in state.items()}
@@ -66,7 +66,7 @@ def test_a_state_dict_becomes_what_the_host_makes_of_it(pack, tmp_path, name):
 
 def in_diffusers_names(pack, path: Path, names: dict[str, Part]) -> Path:
     """The bytes of a file under other names, cut into the parts that diffusers has."""
-    file = pack("ops.gguf_file").open_gguf(path)
+    file = pack("ops.files.gguf").open_gguf(path)
     renamed = path.with_name("diffusers.gguf")
     writer = gguf.GGUFWriter(str(renamed), file.architecture)
     for name, (native, part, function) in names.items():

@@ -236,12 +236,14 @@ def test_a_deep_copy_is_a_model_of_its_own(sd3, loras, alone, loaded):  # noqa: 
     assert fingerprint(copied) == fingerprint(graft)
     first = with_lora(graft, loras[0]).merged_state_dict()
     assert all(torch.equal(value, first[name]) for name, value in copied.merged_state_dict().items())
-    gone = weakref.ref(own.pop())
+    layers = [weakref.ref(layer) for layer in own]
     comfy.model_management.unload_all_models()
     assert torch.equal(sample(copied, SD3), alone["first"]), "from the file again"
     del copied, own
+    if hasattr(comfy.model_management, "reset_cast_buffers"):
+        comfy.model_management.reset_cast_buffers()  # after each prompt the host forgets its largest layer so
     gc.collect()
-    assert gone() is None
+    assert not [layer() for layer in layers if layer()]
 
 
 def test_bytes_are_never_written(sd3, loras):  # noqa: F811

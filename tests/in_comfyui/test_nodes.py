@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
+from pathlib import Path
 
 import comfy.lora
 import comfy.utils
 import comfy_extras.nodes_train
 import folder_paths
+import gguf
 import pytest
 import torch
 from generation import distance, sample, with_lora
+from gguf_samples import encode, write_gguf
 from loras import make_lora
 from small import SD3, loras, sd3  # noqa: F401  (fixtures)
 
@@ -60,8 +65,12 @@ def files(folders, loras):  # noqa: F811
 def test_the_loader_shows_what_it_loaded(sd3, classes):  # noqa: F811
     shown = classes["GraftUNETLoader"]().load("sd3-Q4_K.gguf")
     (text,) = shown["ui"]["text"]
-    assert text.startswith("SD3 · ") and "Q4_K" in text and "float32" in text and text.endswith("cpu"), text
-    assert type(shown["result"][0]).__name__ == "GraftModelPatcher"
+    summary, place, way = text.splitlines()
+    assert summary.startswith("Stable Diffusion 3 / 3.5 · ") and summary.endswith("cpu"), text
+    assert re.fullmatch(r"runs on the processor: the model takes [\d.]+ MB of [\d.]+ GB", place)
+    assert way == "weights are decoded by libgguf"
+    assert "Q4_K" in text and "float32" in text, text
+    assert type(shown["result"][0]).__name__.startswith("GraftModelPatcher")
 
 
 def test_the_loader_says_which_dtype_is_faster_here(sd3, classes, pack, monkeypatch):  # noqa: F811
@@ -78,10 +87,12 @@ def test_the_loader_says_which_dtype_is_faster_here(sd3, classes, pack, monkeypa
 def test_inputs_are_the_promised_ones(classes):
     loader, stack = (classes[n].INPUT_TYPES() for n in ("GraftUNETLoader", "GraftLoraStack"))
     assert list(loader["required"]) == ["unet_name"]
-    assert list(loader["optional"]) == ["compute_dtype", "backend"]
+    assert list(loader["optional"]) == ["compute_dtype", "backend", "module_name"]
+    assert loader["optional"]["compute_dtype"][0] == ["auto", "bf16", "fp16", "fp32", "int8"]
     rows = [f"{what}_{row}" for row in range(1, 9) for what in ("enabled", "lora", "strength")]
     assert list(stack["required"]) == ["model"]
-    assert list(stack["optional"]) == ["lora_stack", *rows, "clip"]
+    links = [f"when_{row}" for row in range(1, 9)]
+    assert list(stack["optional"]) == ["lora_stack", *rows, "clip", *links, "clip_strengths", "more_rows", "if_missing"]
     assert classes["GraftLoraStack"].RETURN_TYPES == ("MODEL", "LORA_STACK", "STRING", "STRING", "CLIP")
     for inputs in (loader, stack):
         for group in ("required", "optional"):
@@ -105,6 +116,30 @@ def test_the_stack_is_the_stock_loader_twice(sd3, loras, files, classes):  # noq
         f"  kohya names; {layers} layers beside the packed weight",
     ]
     assert words == "in my style, soft light"
+
+
+def test_loras_in_gguf(sd3, loras, folders, classes, monkeypatch):  # noqa: F811
+    """As llama.cpp's converter names them; listed beside the others, and put on any model."""
+    stored, lora = {}, {}
+    for key, value in loras[0].items():
+        module, side = re.fullmatch(r"diffusion_model\.(.+)\.lora_([AB])\.weight", key).groups()
+        kind = "Q8_0" if value.shape[-1] % 32 == 0 else "F16"
+        stored[f"{module}.weight.lora_{side.lower()}"] = value.float().numpy(), kind
+        data = encode(value.float().numpy(), gguf.GGMLQuantizationType[kind])
+        lora[key] = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).astype("float32"))
+    write_gguf(folders / "loras" / "style.gguf", stored, "sd3", {"general.type": "adapter", "adapter.lora.alpha": 8.0})
+    paths, extensions = folder_paths.folder_names_and_paths["graft_lora_gguf"]
+    listed = ([str(folders / "loras"), *paths], extensions)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "graft_lora_gguf", listed)
+    stack, one = (classes[name] for name in ("GraftLoraStack", "GraftLora"))
+    assert "style.gguf" in stack.INPUT_TYPES()["optional"]["lora_1"][0]
+    assert "style.gguf" in one.INPUT_TYPES()["required"]["lora_name"][0]
+    for model in sd3:
+        got, _, report, *_ = stack().apply(model, lora_1="style.gguf", strength_1=0.8)["result"]
+        want = sample(with_lora(model, lora, 0.8), SD3)
+        assert torch.equal(sample(got, SD3), want) and "rank 8" in report
+    got = one().apply(sd3[0], "style.gguf", 0.8)["result"][0]
+    assert torch.equal(sample(got, SD3), sample(with_lora(sd3[0], lora, 0.8), SD3))
 
 
 def test_parts_of_a_fused_layer_are_counted_as_the_file_has_them(sd3, folders, classes):  # noqa: F811
@@ -154,11 +189,14 @@ def test_names_that_the_host_has_none_for(sd3, folders, classes, on_graft):  # n
         assert torch.equal(sample(got, SD3), want)
 
 
-def test_the_hosts_names_come_before_ours(sd3, pack, monkeypatch):  # noqa: F811
+def test_the_hosts_names_come_before_ours(sd3, pack):  # noqa: F811
     """The same name for two layers, and one that only we have."""
-    monkeypatch.setattr(comfy.lora, "model_lora_keys_unet", lambda model, key_map: {"x_embedder.proj": "theirs"})
-    names = pack("nodes.lora").layer_names(sd3[0], ["x_embedder.proj", "context_embedder", "nowhere"])
-    assert names == {"x_embedder.proj": "theirs", "context_embedder": "diffusion_model.context_embedder.weight"}
+    factors = {"lora_A.weight": torch.ones(4, 256), "lora_B.weight": torch.ones(256, 4)}
+    state = {f"{m}.{n}": t for m in ("x_embedder.proj", "context_embedder", "nowhere") for n, t in factors.items()}
+    file = pack("nodes.lora_names").LoadedFile(sd3[0].model, state, {"x_embedder.proj": "theirs.weight"})
+    (patches,) = file.patches
+    assert set(patches) == {"theirs.weight", "diffusion_model.context_embedder.weight"}
+    assert file.missing == ["nowhere"]
 
 
 def test_what_the_hosts_loader_would_lose(sd3, folders, classes):  # noqa: F811
@@ -197,6 +235,56 @@ def test_a_stack_passes_through_other_stackers(sd3, loras, files, classes):  # n
     assert node.apply(graft, lora_stack=[["style.safetensors", 0.8]])["result"][1] == [("style.safetensors", 0.8, 0.8)]
 
 
+def test_rows_behind_the_eighth(sd3, loras, files, classes):  # noqa: F811
+    """They are in a text, as JSON, in which a preset may be put as it is."""
+    graft, _ = sd3
+    apply = classes["GraftLoraStack"]().apply
+    more = [
+        {"on": True, "lora": "subject.safetensors", "strength": 0.3, "strength_clip": 0.1},
+        {"on": False, "lora": "gone.safetensors", "strength": 1},
+        {"lora": "None"},
+        {"lora": "style.safetensors"},
+    ]
+    given = {"lora_1": "style.safetensors", "clip_strengths": "1 = 0.5, 12 = 0.25", "more_rows": json.dumps(more)}
+    model, stack, *_ = apply(graft, **given)["result"]
+    style, subject = "style.safetensors", "subject.safetensors"
+    assert stack == [(style, 1.0, 0.5), (subject, 0.3, 0.1), (style, 1.0, 0.25)]
+    want = with_lora(with_lora(with_lora(graft, loras[0], 1.0), loras[1], 0.3), loras[0], 1.0)
+    assert torch.equal(sample(model, SD3), sample(want, SD3))
+
+
+UNREADABLE = ("style.safetensors", "{}", "[1]", '[{"lora": 1}]', '[{"lora": "a", "strength": "b"}]', "[" * 5000)
+
+
+@pytest.mark.parametrize("text", [*UNREADABLE, '[{"lora": "a", "strength": NaN}]'], ids=str.__len__)
+def test_rows_that_cannot_be_read_are_an_error(classes, text):
+    with pytest.raises(Exception, match=r"^more_rows cannot be read .* write it as JSON, like \[\{"):
+        classes["GraftLoraStack"].VALIDATE_INPUTS(more_rows=text)
+
+
+def test_files_that_are_missing_may_be_skipped(sd3, loras, files, classes):  # noqa: F811
+    graft, _ = sd3
+    stack = classes["GraftLoraStack"]
+    rows = {"lora_1": "gone.safetensors", "lora_2": "style.safetensors", "lora_stack": [("away.safetensors", 1.0, 1.0)]}
+    rows["more_rows"] = '[{"lora": "style-Q8_0.safetensors"}]'
+    assert stack.VALIDATE_INPUTS(**rows, if_missing="skip") is True
+    assert stack.VALIDATE_INPUTS(**rows, if_missing=None) is True, "it is on a link"
+    assert stack.IS_CHANGED(**rows, if_missing="skip") == stack.IS_CHANGED(**rows, if_missing="skip")
+    for refused in ({}, {"if_missing": "error"}, {"if_missing": "else"}):
+        with pytest.raises(Exception, match=r"gone\.safetensors \(row 1\), style-Q8_0\.safetensors \(row 9, there is"):
+            stack.VALIDATE_INPUTS(**rows, **refused)
+        with pytest.raises(Exception, match=r"away\.safetensors \(lora_stack\), gone\.safetensors \(row 1\)"):
+            stack().apply(graft, **rows, **refused)
+    model, sent, report, *_ = stack().apply(graft, **rows, if_missing="skip")["result"]
+    assert report.splitlines()[:3] == [
+        "away.safetensors (lora_stack): skipped, the file is not here",
+        "gone.safetensors (row 1): skipped, the file is not here",
+        "style-Q8_0.safetensors (row 9, there is style.safetensors): skipped, the file is not here",
+    ]
+    assert sent == [("style.safetensors", 1.0, 1.0)]
+    assert torch.equal(sample(model, SD3), sample(with_lora(graft, loras[0], 1.0), SD3))
+
+
 def test_both_outputs_of_a_stack_into_the_next_one(sd3, loras, files, classes):  # noqa: F811
     """MODEL has the rows of LORA_STACK already; they are put on it once."""
     apply, row = classes["GraftLoraStack"]().apply, {"lora_1": "style.safetensors", "strength_1": 0.5}
@@ -226,8 +314,12 @@ def test_text_encoder_layers_go_to_the_clip(sd3, loras, folders, classes):  # no
     comfy.utils.save_torch_file(text, str(folders / "loras" / "words.safetensors"))
     comfy.utils.save_torch_file(loras[0] | text, str(folders / "loras" / "both.safetensors"))
     node = classes["GraftLoraStack"]()
-    with pytest.raises(Exception, match="for a text encoder only"):
+    with pytest.raises(Exception, match=r"for a text encoder only \(1 layer\): connect a CLIP"):
         node.apply(graft, lora_1="words.safetensors")
+    other = {f"{module.replace('te1', 'te3')}.{k.rpartition(module)[2][1:]}": v for k, v in text.items()}
+    comfy.utils.save_torch_file(other, str(folders / "loras" / "other words.safetensors"))
+    with pytest.raises(Exception, match=r"for another text encoder \(0 of 1 layer match\)"):
+        node.apply(graft, clip, lora_1="other words.safetensors")
     model, _, report, _, patched = node.apply(graft, clip, lora_1="words.safetensors", strength_1=0.5)["result"]
     assert not model.residuals and report.startswith("words.safetensors: 1 layer of the text encoder")
     assert [p[0] for p in patched.patcher.patches[f"{key}.weight"]] == [0.5] and not clip.patcher.patches
@@ -237,6 +329,20 @@ def test_text_encoder_layers_go_to_the_clip(sd3, loras, folders, classes):  # no
     again = node.apply(model, patched, lora_stack=stack)["result"]
     assert again[0] is model and again[4] is patched
     assert "need a CLIP" in node.apply(graft, lora_1="both.safetensors")["result"][2]
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this ComfyUI has no such node")
+def test_the_hosts_loras_beside_the_weights(sd3, loras, files):  # noqa: F811
+    """Load LoRA (Bypass): the host puts its own adapters around the layers that are ours, with or without ours."""
+    from comfy_extras.nodes_lora_debug import LoraLoaderBypassModelOnly
+
+    graft, dense = sd3
+    base = sample(graft, SD3)
+    for model, reference in ((graft, dense), (with_lora(graft, loras[1], 0.5), with_lora(dense, loras[1], 0.5))):
+        got = sample(LoraLoaderBypassModelOnly().load_lora_model_only(model, "style.safetensors", 0.7)[0], SD3)
+        want = sample(with_lora(reference, loras[0], 0.7), SD3) - sample(reference, SD3)
+        assert distance(got - sample(model, SD3), want) < 1e-4
+    assert torch.equal(sample(graft, SD3), base)
 
 
 def test_values_that_come_through_links(sd3, files, classes):  # noqa: F811
@@ -305,8 +411,9 @@ def test_rows_that_are_off_do_nothing(sd3, files, classes):  # noqa: F811
     node = classes["GraftLoraStack"]()
     off = {"lora_1": "style.safetensors", "enabled_1": False, "lora_2": "None", "lora_3": "subject.safetensors"}
     model, _, report, *_ = node.apply(graft, **off, strength_3=0.0)["result"]
-    assert report == "no LoRA is switched on"
+    assert report == "subject.safetensors ×0.00: does nothing at strength 0"
     assert model is graft
+    assert node.apply(graft, lora_1="style.safetensors", enabled_1=False)["result"][2] == "no LoRA is switched on"
 
 
 def test_errors_say_what_to_do(sd3, files, classes):  # noqa: F811
@@ -316,14 +423,78 @@ def test_errors_say_what_to_do(sd3, files, classes):  # noqa: F811
         node.apply(graft, lora_1="for_flux.safetensors")
     with pytest.raises(Exception, match=r"Git LFS pointer.*pointer\.safetensors"):
         node.apply(graft, lora_1="pointer.safetensors")
-    with pytest.raises(Exception, match=r"not in models/loras: gone\.safetensors \(row 2\).*switch its row off"):
+    with pytest.raises(Exception, match=r"the file into the loras folder, .* row off: gone\.safetensors \(row 2\)$"):
         node.apply(graft, lora_1="style.safetensors", lora_2="gone.safetensors")
     assert node.apply(graft, lora_2="gone.safetensors", enabled_2=False)["result"][0] is graft
     loader = classes["GraftUNETLoader"]
-    assert "models/diffusion_models" in loader.VALIDATE_INPUTS("gone.gguf")
+    with pytest.raises(Exception, match=r"^gone.gguf .* the diffusion_models folder, .*; module.gguf is not there"):
+        loader.VALIDATE_INPUTS("gone.gguf", "module.gguf")
 
 
-def train(model):
+LISTED = [
+    "Flux/flux1-dev-Q8_0.gguf", "Flux/flux1-dev-Q4_K_S.gguf", "wan/Wan2.2_low.gguf", "wan/Wan2.2_high.gguf",
+    "a/two.gguf", "b/two.gguf", "flux/model.gguf", "style.safetensors",
+]  # fmt: skip
+MEANT = {
+    "Flux\\flux1-dev-Q8_0.gguf": "Flux/flux1-dev-Q8_0.gguf",
+    "flux/FLUX1-dev-q8_0.gguf": "Flux/flux1-dev-Q8_0.gguf",
+    "D:\\models\\unet\\wan2.2_low.GGUF": "wan/Wan2.2_low.gguf",
+    "Wan2.2_high.gguf": "wan/Wan2.2_high.gguf",
+    "sub/style.safetensors": "style.safetensors",
+    "B\\two.gguf": "b/two.gguf",
+}
+OFFERED = {
+    "two.gguf": ("a/two.gguf", "b/two.gguf"),
+    "flux1-dev-UD-Q4_K_XL.gguf": ("Flux/flux1-dev-Q8_0.gguf", "Flux/flux1-dev-Q4_K_S.gguf"),
+    "flux1-dev_fp8_e4m3fn.safetensors": ("Flux/flux1-dev-Q8_0.gguf", "Flux/flux1-dev-Q4_K_S.gguf"),
+    "wan/model.gguf": ("flux/model.gguf",),  # so many are called so
+    "gone.gguf": (),
+    "": (),
+}
+
+
+def test_which_file_of_this_computer_is_meant(pack):
+    match = pack("nodes.model_files").match
+    assert {name: match(name, LISTED) for name in MEANT} == {name: (file, ()) for name, file in MEANT.items()}
+    assert {name: match(name, LISTED) for name in OFFERED} == {name: ("", files) for name, files in OFFERED.items()}
+
+
+def test_files_that_lie_elsewhere_here(sd3, loras, files, folders, classes):  # noqa: F811
+    graft, _ = sd3
+    (folders / "loras" / "sub").mkdir()
+    comfy.utils.save_torch_file(loras[0], str(folders / "loras" / "sub" / "soft-fp16.safetensors"))
+    torch.save(loras[0], folders / "loras" / "pickle.pt")
+    apply, stack = classes["GraftLoraStack"]().apply, classes["GraftLoraStack"]
+    shown = apply(graft, lora_1="old\\Style.safetensors", lora_2="sub\\soft-fp16.safetensors")
+    want = with_lora(with_lora(graft, loras[0], 1.0), loras[0], 1.0)
+    assert torch.equal(sample(shown["result"][0], SD3), sample(want, SD3))
+    # a slash the other way is nothing to speak of
+    assert shown["ui"]["text"][0].endswith("\nstyle.safetensors is here for old\\Style.safetensors")
+    with pytest.raises(Exception, match=r"soft-bf16\.safetensors \(row 1, there is sub/soft-fp16\.safetensors\)$"):
+        stack.VALIDATE_INPUTS(lora_1="soft-bf16.safetensors")
+    assert stack.VALIDATE_INPUTS(lora_1="soft-bf16.safetensors", enabled_1=False) is True
+    assert "pickle.pt" not in stack.INPUT_TYPES()["optional"]["lora_1"][0]
+    with pytest.raises(Exception, match="only safetensors are read"):
+        apply(graft, lora_1="pickle.pt")
+    alone, loader = classes["GraftLora"], classes["GraftUNETLoader"]
+    assert alone.VALIDATE_INPUTS("SUB/soft-fp16.safetensors") is True
+    assert "there is sub/soft-fp16.safetensors: choose that" in alone.VALIDATE_INPUTS("soft-fp8.safetensors")
+    assert loader.VALIDATE_INPUTS("Old\\SD3-q4_k.gguf") is True
+    with pytest.raises(Exception, match=r"there is sd3-Q4_K.gguf: choose that"):
+        loader.VALIDATE_INPUTS("sd3-Q8_0.gguf", "None")
+    text = loader().load("Old\\SD3-q4_k.gguf")["ui"]["text"][0]
+    assert text.endswith("\nsd3-Q4_K.gguf is here for Old\\SD3-q4_k.gguf")
+
+
+def test_nodes_that_call_ours_take_a_dict_or_a_tuple(sd3, classes):  # noqa: F811
+    shown = classes["GraftUNETLoader"]().load("sd3-Q4_K.gguf")
+    (model,) = shown
+    assert shown[0] is model is shown["result"][0] and shown[:1] == (model,)
+    assert isinstance(shown, dict) and "result" in shown and dict(shown).keys() == {"ui", "result"}
+    assert {**shown}["ui"] == shown["ui"] and len(shown.get("ui")["text"]) == 1
+
+
+def train(model, bypass=False):
     """ComfyUI's Train LoRA, two steps; newer hosts give it a list of each input, and have more of them."""
     node = comfy_extras.nodes_train.TrainLoraNode
     listed = hasattr(node, "execute")
@@ -332,7 +503,7 @@ def train(model):
         "steps": 2, "grad_accumulation_steps": 1, "learning_rate": 5e-4, "rank": 4, "optimizer": "AdamW",
         "loss_function": "MSE", "seed": 0, "training_dtype": "bf16", "lora_dtype": "fp32", "algorithm": "LoRA",
         "gradient_checkpointing": False, "existing_lora": "[None]", "quantized_backward": False,
-        "checkpoint_depth": 1, "offloading": False, "bucket_mode": False, "bypass_mode": False,
+        "checkpoint_depth": 1, "offloading": False, "bucket_mode": False, "bypass_mode": bypass,
     }  # fmt: skip
     run = node.execute if listed else node().train
     known = inspect.signature(run).parameters
@@ -343,8 +514,9 @@ def test_training_says_what_to_do(sd3, pack):  # noqa: F811
     graft, dense = sd3
     before = sample(graft, SD3)
     train(dense)
-    with pytest.raises(pack("kernels").GraftError, match="which is quantized: train on this model as safetensors"):
-        train(graft)
+    for bypass in (False, True):
+        with pytest.raises(pack("kernels").GraftError, match="which is quantized: use Train LoRA \\(Graft\\)"):
+            train(graft, bypass)
     assert torch.equal(sample(graft, SD3), before)
 
 
@@ -354,13 +526,37 @@ def test_inspect_says_which_way_each_layer_takes(sd3, loras, classes):  # noqa: 
     shown = inspect_node.inspect(with_lora(graft, loras[0], 0.8))
     (text,) = shown["ui"]["text"]
     layers = len({k for k in loras[0] if "lora_A" in k})
-    summary, adapters, way = text.splitlines()
+    summary, adapters, way, *_ = text.splitlines()
     assert summary == graft.graft.summary
     assert adapters == f"lora, rank 8 ×0.80: {layers} layers"
     assert way.startswith(f"{layers} layers beside the packed weight: diffusion_model.joint_blocks.")
-    assert shown["result"] == (text,)
-    assert inspect_node.inspect(graft)["result"][0].endswith("no adapters")
+    assert shown["result"][0] == text
+    assert "\nno adapters\n" in inspect_node.inspect(graft)["result"][0]
     assert "of another loader" in inspect_node.inspect(dense)["result"][0]
+
+
+def test_inspect_shows_types_and_what_loras_change(sd3, loras, files, classes):  # noqa: F811
+    graft, _ = sd3
+    rows = {"lora_1": "style.safetensors", "strength_1": 0.5, "lora_2": "subject.safetensors", "strength_2": 0.0}
+    model = with_lora(classes["GraftLoraStack"]().apply(graft, **rows)["result"][0], loras[1], 0.3)
+    text, _, chart = classes["GraftInspect"]().inspect(model)["result"]
+    (groups,) = (line for line in text.splitlines() if line.startswith("joint_blocks.x_block.mlp"))
+    changes = [line for line in text.splitlines() if " changes the weights by: " in line]
+    assert re.fullmatch(r"joint_blocks\.x_block\.mlp: Q4_K \d+ · .* [KM]B", groups)
+    assert [line.partition(" changes the weights by: joint_blocks ")[0] for line in changes] == [
+        "style.safetensors ×0.50", "lora, rank 20 ×0.30",
+    ]  # fmt: skip
+    # ΔW of `make_lora` is 0.3 of the weights at strength 1, on some of the layers
+    shares = [float(re.search(r"joint_blocks ([\d.]+) %", line)[1]) for line in changes]
+    assert 3 < shares[0] <= 15.5 and 2 < shares[1] <= 9.5
+    assert chart.shape[0] == 1 and chart.shape[3] == 3 and 0.1 < chart.std() < 0.5
+    found = classes["GraftInspect"]().inspect(model, "0 X_BLOCK mlp.fc1")["result"][0].splitlines()[0]
+    assert re.fullmatch(
+        r"joint_blocks\.0\.x_block\.mlp\.fc1: Q4_K, \d+ × \d+, [\d.]+ [KM]B; style\.safetensors ×0\.50; "
+        r"lora, rank 20 ×0\.30", found
+    )  # fmt: skip
+    assert classes["GraftInspect"]().inspect(model, "*")["result"][0].startswith("general.architecture: ")
+    assert classes["GraftInspect"]().inspect(model, "no such")["result"][0].startswith("nothing is called no such\n")
 
 
 def test_inspect_says_why_a_layer_takes_another_way(sd3, classes):  # noqa: F811
@@ -370,7 +566,7 @@ def test_inspect_says_why_a_layer_takes_another_way(sd3, classes):  # noqa: F811
     up, down = torch.ones(shape[0], 4), torch.ones(4, shape[1])
     model = graft.clone()
     model.add_patches({(f"{key}.weight", None, torch.tanh): ("lora", (up, down, None, None, None, None))})
-    _, _, way = classes["GraftInspect"]().inspect(model)["result"][0].splitlines()
+    _, _, way, *_ = classes["GraftInspect"]().inspect(model)["result"][0].splitlines()
     why = "its difference passes through a function of the host"
     assert way == f"1 layer by the host's own merge on the decoded weight ({why}): {key}"
 
@@ -406,4 +602,23 @@ def test_nodes_have_what_the_interface_shows(classes, pack):
         node = classes[name]
         assert inspect.getdoc(node) and node.DESCRIPTION and node.SEARCH_ALIASES and node.CATEGORY.startswith("Graft")
         assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
-        assert (pack("nodes.node").WEB / "docs" / f"{name}.md").is_file()
+        page = (pack("nodes.node").WEB / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert "|--" not in page, "the panel of help pages cuts tables off"
+
+
+def test_the_page_shows_what_nodes_report(classes):
+    """Of all that return a text for it."""
+    script = (Path(__file__).parents[2] / "web" / "graft.js").read_text(encoding="utf-8")
+    shown = re.search(r"const REPORTING = \[(.*?)\]", script, re.DOTALL)[1]
+    telling = {
+        name for name, node in classes.items()
+        if "node.result(" in inspect.getsource(node) or "report" in getattr(node, "RETURN_NAMES", ())
+    }  # fmt: skip
+    assert telling == set(re.findall(r'"(\w+)"', shown))
+
+
+def test_a_search_for_gguf_finds_the_models_loader_first(pack):
+    """The front end ranks names that have the word by where it stands in them, and by their length."""
+    names = pack("nodes").NODE_DISPLAY_NAME_MAPPINGS
+    ranks = {key: name.lower().index("gguf") + len(name) / 2 for key, name in names.items() if "GGUF" in name}
+    assert min(ranks, key=ranks.__getitem__) == "GraftUNETLoader" and len(ranks) > 1

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import inspect
 import sys
+import threading
 import types
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import comfy.clip_model
 import comfy.hooks
 import comfy.lora
 import comfy.model_management
@@ -22,17 +27,29 @@ import execution
 import folder_paths
 import gguf
 import nodes
+import numpy as np
 import pytest
 import tokenizer_samples as samples
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_merging import CLIPMergeSimple
+from conftest import DYNAMIC_VRAM
 from generation import distance, fingerprint
 from gguf import MODEL_ARCH
 from gguf_samples import encode, write_gguf
 from safetensors.torch import save_file
 from small import sd3  # noqa: F401  (fixture)
-from text_encoders import LLAMA, clip_l_weights, dense_clip, llama_shapes, small, t5_shapes, write
+from text_encoders import (
+    LLAMA,
+    clip_l_weights,
+    dense_clip,
+    llama_shapes,
+    shapes_of,
+    small,
+    small_newer,
+    t5_shapes,
+    write,
+)
 
 WORDS = "a (red:1.3) fox in the snow, oil on canvas"
 
@@ -102,6 +119,52 @@ def test_flux(flux):
     assert furthest(*(encoded(clip) for clip in flux)) < 1e-5
 
 
+def test_text_encoders_saved_and_loaded(flux, lora, load, folder, classes):
+    """With a LoRA on them, from Graft's CLIP and from the host's own."""
+    graft, dense = flux
+    want = encoded(comfy.sd.load_lora_for_models(None, dense, lora, 0, 0.5)[1])["cond"]
+    for number, clip in enumerate(flux):
+        # the file has none, so hosts have whatever lay in that memory
+        clip.cond_stage_model.clip_l.transformer.text_projection.weight.data.fill_(1e30)
+        tuned = comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.5)[1]
+        text = classes["GraftSaveCLIPGGUF"]().save(tuned, "F16", f"saved-{number}", "text_encoders")["result"][0]
+        assert "t5encoder · F16" in text and "text_encoder · F16" in text
+        paths = [folder / f"saved-{number}-{name}-F16.gguf" for name in ("clip_l", "t5xxl")]
+        got = encoded(load([str(path) for path in paths], "flux"))["cond"]
+        assert distance(got, want) < 5e-3 < distance(encoded(graft)["cond"], want)
+        names = {tensor.name for tensor in gguf.GGUFReader(paths[1]).tensors}
+        assert {"token_embd.weight", "enc.blk.0.attn_rel_b.weight", "enc.blk.1.ffn_gate.weight"} <= names
+        assert "text_projection.weight" not in {tensor.name for tensor in gguf.GGUFReader(paths[0]).tensors}
+        for path in paths:
+            path.unlink()
+
+
+def test_a_projection_that_no_file_had_is_not_saved(pack):
+    """Whether a text encoder that has one reads it, and whether it is numbers of a trained one."""
+    has, encoder, sound = pack("nodes.save")._has_projection, torch.nn.Module(), torch.eye(4)
+    assert has(encoder, sound)
+    for weight in (None, torch.zeros(4, 4), torch.full((4, 4), 1e30), torch.full((4, 4), float("nan"))):
+        assert not has(encoder, weight)
+    encoder.return_projected_pooled = False
+    assert not has(encoder, sound)
+
+
+@pytest.fixture
+def saved_again(load, classes, monkeypatch, tmp_path):
+    """Saves a CLIP's text encoder with the types that it has, and loads that file."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(tmp_path)], {".gguf"}))
+
+    def run(clip: Any, kind: str = "stable_diffusion", beside: tuple[str, ...] = ()) -> Any:
+        classes["GraftSaveCLIPGGUF"]().save(clip, "as it is", "again", "text_encoders", overwrite=True)
+        again = load([*map(str, tmp_path.glob("again*.gguf")), *beside], kind)
+        before, after = (it.cond_stage_model.graft.layers for it in (clip, again))
+        kept = {name: layer.fmt for name, layer in before.items() if layer.weight is not None}
+        assert kept.items() <= {name: layer.fmt for name, layer in after.items()}.items()
+        return again
+
+    return run
+
+
 def test_loras_run_beside_the_weights(flux, lora):
     graft, dense = flux
     before, base = fingerprint(graft.cond_stage_model), encoded(graft)["cond"]
@@ -129,6 +192,30 @@ def test_scheduled_loras(flux, lora):
     assert len(got) == len(want) == 2 and distance(want[0][0], want[1][0]) > 0.01
     for (cond, _), (expected, _) in zip(got, want, strict=True):
         assert distance(cond, expected) < 1e-4
+
+
+def lora_error(clips: tuple[Any, Any], encode: Any = lambda clip: encoded(clip)["cond"]) -> float:
+    """How far the effect of a LoRA on all matrices of a Graft CLIP is from what the host's merge has on its own."""
+    g, state, found = torch.Generator().manual_seed(11), {}, []
+    weights = clips[1].cond_stage_model.state_dict()
+    names = comfy.lora.model_lora_keys_clip(clips[1].cond_stage_model, {})
+    for name, key in names.items():
+        sees = any(part in key for part in ("visual.", "vision_model.", "multi_modal_projector."))
+        if name.startswith("text_encoders.") and weights[key].dim() == 2 and not sees:
+            rows, columns = weights[key].shape
+            state[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=g) / columns**0.5
+            state[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=g) / 8
+    assert len(state) > 20
+    with torch.no_grad():
+        for clip in clips:
+            branch = comfy.sd.load_lora_for_models(None, clip, state, 0, 0.7)[1]
+            comfy.model_management.load_models_gpu([branch.patcher])
+            changed = encode(branch)
+            comfy.model_management.load_models_gpu([clip.patcher])
+            found.append((changed, encode(clip)))
+    (got, base), (want, plain) = found
+    assert distance(want, plain) > 0.01, "the LoRA does nothing"
+    return distance(got - base, want - plain)
 
 
 def test_the_lora_stack_puts_them_on(flux, lora, sd3, folders, classes):  # noqa: F811
@@ -168,8 +255,9 @@ def clip_l(folder, load):
     return load([str(folder / "clip_l.gguf")]), dense_clip([dense], "stable_diffusion")
 
 
-def test_a_quantized_table_of_positions(clip_l):
+def test_a_quantized_table_of_positions(clip_l, saved_again):
     assert furthest(*(encoded(clip) for clip in clip_l)) < 1e-5
+    assert furthest(encoded(saved_again(clip_l[0])), encoded(clip_l[0])) == 0
 
 
 def test_a_merge(clip_l, flux):
@@ -196,23 +284,56 @@ def test_adapters_are_put_on_once(flux, lora, monkeypatch):
     grafted = branch.patcher.grafted
     monkeypatch.setattr(branch.patcher, "grafted", lambda device: calls.append(device) or grafted(device))
     encoded(branch)
-    assert len(calls) == 1 and not branch.cond_stage_model.graft.encoding
+    assert len(calls) == 1 and not branch.cond_stage_model.graft.calls.under_way
 
 
-def test_a_file_that_llama_cpp_wrote_for_llama(folder, load):
+def test_branches_in_threads(flux, lora):
+    """Each encodes with what it has itself loaded, though another one has been loaded since."""
+    graft = flux[0]
+    branches = [graft, *(comfy.sd.load_lora_for_models(None, graft, lora, 0, s)[1] for s in (0.7, -0.4))]
+    tokens, loading = graft.tokenize(WORDS), threading.Lock()
+
+    def encode(clip: Any, after_loading: Any = lambda: None) -> torch.Tensor:
+        with loading:  # the host's list of loaded models takes one thread at a time
+            clip.load_model()
+        after_loading()
+        return clip.cond_stage_model.encode_token_weights(tokens)[0]
+
+    wanted = [encode(branch) for branch in branches]
+    assert not torch.equal(wanted[0], wanted[1]) and not torch.equal(wanted[1], wanted[2])
+    loaded = threading.Barrier(len(branches))
+    got: dict[int, torch.Tensor] = {}
+
+    def run(index: int) -> None:
+        with torch.no_grad():
+            got[index] = encode(branches[index], loaded.wait)
+
+    with torch.no_grad():
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(branches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(got[index], want) for index, want in enumerate(wanted))
+    assert all(layer.residual is None for layer in graft.cond_stage_model.graft.layers.values())
+
+
+def test_a_file_that_llama_cpp_wrote_for_llama(folder, load, saved_again):
     """HiDream reads Llama 3; its queries and keys are in another order in GGUF."""
     with small(vocab_size=128256):
         shapes = llama_shapes("Llama2")
     llama = write(folder / "llama.gguf", MODEL_ARCH.LLAMA, shapes, "Q4_0", heads("llama"))
     got, want = load([str(llama.path)], "hidream"), dense_clip([llama.dense], "hidream")
     assert furthest(encoded(got), encoded(want)) < 1e-5
+    assert furthest(encoded(saved_again(got, "hidream")), encoded(got)) == 0
 
 
-def heads(arch: str):
+def heads(arch: str, **sizes: int):
     def add(writer: gguf.GGUFWriter) -> None:
-        writer.add_uint32(f"{arch}.attention.head_count", LLAMA["num_attention_heads"])
-        writer.add_uint32(f"{arch}.attention.head_count_kv", LLAMA["num_key_value_heads"])
-        writer.add_uint32(f"{arch}.embedding_length", LLAMA["hidden_size"])
+        known = LLAMA | sizes
+        writer.add_uint32(f"{arch}.attention.head_count", known["num_attention_heads"])
+        writer.add_uint32(f"{arch}.attention.head_count_kv", known["num_key_value_heads"])
+        writer.add_uint32(f"{arch}.embedding_length", known["hidden_size"])
 
     return add
 
@@ -277,6 +398,237 @@ def test_a_projector_that_comes_later(qwen, load, folder, classes):
         encoded(clip, images=[torch.rand(1, 56, 56, 3)])
 
 
+def test_a_damaged_projector_beside_it_stops_nothing(pack, qwen, load, folder):
+    """One that was chosen is an error."""
+    text, projector = folder / "good.gguf", folder / "good-mmproj.gguf"
+    text.symlink_to(qwen[0].path)
+    tensors = {"v.blk.0.attn_q.weight": (np.zeros((32, 32), np.float32), "F16")}
+    width = pack("ops.files.gguf").open_gguf(text).metadata["qwen2vl.embedding_length"]
+    metadata = {"clip.vision.projection_dim": width}
+    try:
+        write_gguf(projector, tensors, "clip", metadata)
+        clip = load([str(text)], "qwen_image")
+        assert "cannot be read: get the projector again: v.blk.0.attn_k.weight" in clip.cond_stage_model.graft.summary
+        assert torch.isfinite(encoded(clip)["cond"]).all()
+        with pytest.raises(Exception, match=r"get the projector again: .* is missing"):
+            load([str(text), str(projector)], "qwen_image")
+    finally:
+        projector.unlink()
+        text.unlink()
+
+
+NEWER = hasattr(comfy.sd.TEModel, "QWEN3VL_4B")
+newer = pytest.mark.skipif(not NEWER, reason="this ComfyUI does not have it")
+QWEN3VL = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 3, "vocab_size": 151936}
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    with pytest.MonkeyPatch.context() as patch:
+        if NEWER:
+            small_newer(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def qwen3vl(folder, sizes):
+    """Qwen3-VL and its projector, in files."""
+    with small(**QWEN3VL):
+        shapes = shapes_of(partial(comfy.text_encoders.qwen3vl._make_qwen3vl_model("qwen3vl_4b"), {}))
+    seeing = {name: shape for name, shape in shapes.items() if name.startswith("visual.")}
+    reading = {name: shape for name, shape in shapes.items() if name not in seeing}
+    below = folder / "qwen3vl"
+    below.mkdir()
+    text = write(below / "Qwen3-VL-4B-Q4_K_M.gguf", MODEL_ARCH.QWEN3VL, reading, "Q5_0", heads("qwen3vl", **QWEN3VL))
+    vision = write(
+        below / "mmproj-F16.gguf", MODEL_ARCH.MMPROJ, seeing, "Q8_0",
+        lambda writer: writer.add_uint32("clip.vision.projection_dim", QWEN3VL["hidden_size"]),
+    )  # fmt: skip
+    return text, vision
+
+
+@newer
+def test_qwen3_vl(qwen3vl, load, tmp_path, saved_again):
+    """With its projector, which is beside it, and without one, where hosts would take the text model for Qwen3's."""
+    text, vision = qwen3vl
+    (tmp_path / "alone.gguf").symlink_to(text.path)
+    with small(**QWEN3VL):
+        seeing = {f"model.{name}": weight for name, weight in vision.dense.items()}
+        want = dense_clip([text.dense | seeing], "krea2")
+        got, alone = load([str(text.path)], "krea2"), load([str(tmp_path / "alone.gguf")], "krea2")
+        again = saved_again(got, "krea2", (str(vision.path),))
+    assert furthest(encoded(again), encoded(got)) == 0 and lora_error((got, want)) < 1e-4
+    assert furthest(encoded(got), encoded(want)) < 1e-5 and torch.equal(encoded(alone)["cond"], encoded(got)["cond"])
+    assert encoded(got)["cond"].shape[-1] == 2 * QWEN3VL["hidden_size"]
+    picture = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(1))
+    assert furthest(encoded(got, images=[picture]), encoded(want, images=[picture])) < 1e-5
+    with pytest.raises(Exception, match=r"put the vision projector \(mmproj\) of this text encoder into its folder"):
+        encoded(alone, images=[picture])
+
+
+@newer
+def test_a_type_that_does_not_fit_is_refused(qwen3vl, load):
+    """Boogu reads with the Qwen3-VL of 8B."""
+    message = r"the type boogu does not fit this text encoder, which ComfyUI reads as that of qwen3vl: choose the text"
+    with small(**QWEN3VL), pytest.raises(Exception, match=message):
+        load([str(qwen3vl[0].path)], "boogu")
+
+
+@newer
+def test_qwen3_5_reads_and_sees(folder, sizes, load, monkeypatch, saved_again):
+    """Its value heads lie in another order in GGUF: rows of most weights, columns of one."""
+    from comfy.text_encoders import qwen35
+
+    # a tokenizer that every checkout has
+    (folder / "qwen35_tokenizer").symlink_to(Path(qwen35.__file__).parent / "qwen25_tokenizer")
+    monkeypatch.setattr(qwen35, "__file__", str(folder / "qwen35.py"))
+    shapes = shapes_of(partial(qwen35.Qwen35, {}))
+    seeing = {name: shape for name, shape in shapes.items() if name.startswith("visual.")}
+    reading = {name: shape for name, shape in shapes.items() if name not in seeing}
+
+    def linear_attention(writer: gguf.GGUFWriter) -> None:
+        heads("qwen35")(writer)
+        for name, count in (("group_count", 2), ("time_step_rank", 4), ("inner_size", 256)):
+            writer.add_uint32(f"qwen35.ssm.{name}", count)
+
+    below = folder / "qwen35"
+    below.mkdir()
+    text = write(below / "qwen35.gguf", MODEL_ARCH.QWEN35, reading, "Q5_0", linear_attention)
+    vision = write(
+        below / "mmproj.gguf", MODEL_ARCH.MMPROJ, seeing, "Q8_0",
+        lambda writer: writer.add_uint32("clip.vision.projection_dim", 256),
+    )  # fmt: skip
+    both = {f"model.{name}": weight for name, weight in vision.dense.items()}
+    both |= {name.replace("model.", "model.language_model.", 1): weight for name, weight in text.dense.items()}
+    want = dense_clip([both], "stable_diffusion")
+    got = load([str(text.path)])
+    packed = [layer for path, layer in got.cond_stage_model.graft.layers.items() if path.endswith("out_proj")]
+    assert len(packed) == 3 and all(layer.fmt.name == "Q5_0" for layer in packed)
+    assert furthest(encoded(got), encoded(want)) < 1e-5
+    picture = {"type": "image", "data": torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(1))}
+    again = saved_again(got)
+    assert furthest(encoded(again), encoded(got)) < 1e-6 and lora_error((got, want)) < 1e-4
+    clips = (got, want, again)
+    seen = [clip.cond_stage_model.qwen35_2b.transformer.preprocess_embed(picture, "cpu")[0] for clip in clips]
+    assert distance(*seen[:2]) < 1e-5 and distance(seen[2], seen[0]) < 1e-6
+
+
+def read_tokenizer_by_file(monkeypatch: Any, path: Path) -> None:
+    """Hosts hand Mistral's vocabulary to transformers, of which newer ones want the name of a file."""
+    mistral = pytest.importorskip("transformers.integrations.mistral", reason="this transformers has no Mistral 3")
+
+    def converted(data: torch.Tensor) -> dict:
+        path.write_bytes(data.numpy().tobytes())
+        return {"tokenizer_object": mistral.MistralConverter(vocab_file=str(path)).converted(), "legacy": False}
+
+    if "vocab" not in inspect.signature(mistral.MistralConverter).parameters:
+        monkeypatch.setattr("comfy.text_encoders.flux.load_mistral_tokenizer", converted)
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd.TEModel, "MINISTRAL_3_3B"), reason="this ComfyUI does not have it")
+def test_ministral_3(pack, folder, load, saved_again, monkeypatch, tmp_path):
+    """Its queries and keys are in another order in GGUF, and its tokenizer comes with it."""
+    read_tokenizer_by_file(monkeypatch, tmp_path / "tekken.json")
+    original = samples.train_tekken(samples.DEFAULT_PATTERN)
+    shapes = with_vocabulary(llama_shapes("Ministral3_3B"), "model.embed_tokens.weight", original.get_vocab_size())
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        heads("mistral3")(writer)
+        samples.add_tekken(writer, original)
+
+    file = write(folder / "ministral.gguf", MODEL_ARCH.MISTRAL3, shapes, "Q8_0", metadata)
+    rebuilt = pack("ops.files.tokenizers").tekken_model(pack("ops.files.gguf").open_gguf(file.path))
+    tokenizer = {"tekken_model": samples.stored(rebuilt)}
+    with small(vocab_size=original.get_vocab_size()):
+        # which the host knows by a width that a small one does not have
+        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state: comfy.sd.TEModel.MINISTRAL_3_3B)
+        want = dense_clip([file.dense | tokenizer], "stable_diffusion")
+        got = load([str(file.path)])
+        again = saved_again(got)
+    assert furthest(encoded(got), encoded(want)) < 1e-5 and lora_error((got, want)) < 1e-4
+    assert furthest(encoded(again), encoded(got)) == 0
+
+
+@newer
+def test_gemma_4(folder, load, saved_again):
+    from comfy.text_encoders import gemma4
+
+    original = samples.train_gemma4()
+    rows = original.get_vocab_size()
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        heads("gemma4")(writer)
+        samples.add_bpe(writer, original, "gemma4")
+
+    with pytest.MonkeyPatch.context() as patch:
+        small_newer(patch, rows)
+        shapes = shapes_of(partial(gemma4.Gemma4_E4B, {}))
+        reading = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
+        file = write(folder / "gemma4.gguf", MODEL_ARCH.GEMMA4, reading, "Q8_0", metadata)
+        tokenizer = {"tokenizer_json": samples.stored(original.to_str().encode())}
+        want = dense_clip([file.dense | tokenizer], "stable_diffusion")
+        got = load([str(file.path)])
+        again = saved_again(got)
+    # which hosts only write text with
+    clips = (got, want, again)
+    written = [clip.generate(clip.tokenize("the fox"), do_sample=False, max_length=3) for clip in clips]
+    assert written[0] == written[1] == written[2] and len(written[0]) == 3
+    tokens = torch.tensor([original.encode(samples.TEXTS[1]).ids])
+    models = [clip.cond_stage_model.gemma4.transformer for clip in (got, want)]
+
+    def hidden(clip: Any) -> torch.Tensor:
+        grafted = getattr(clip.patcher, "grafted", lambda device: contextlib.nullcontext())
+        with grafted(clip.patcher.load_device):
+            return clip.cond_stage_model.gemma4.transformer.model(tokens, input_ids=tokens)[0]
+
+    with torch.no_grad():
+        assert distance(hidden(got), hidden(want)) < 1e-5
+    assert lora_error((got, want), hidden) < 1e-4
+    with pytest.raises(Exception, match="to read pictures, take this text encoder as safetensors"):
+        models[0].preprocess_embed({"type": "image", "data": torch.rand(1, 96, 96, 3)}, "cpu")
+
+
+@newer
+@pytest.mark.parametrize("kind", ["MXFP4", "F16"])
+def test_gpt_oss(kind, pack, folder, sizes, load, saved_again):
+    """Its experts, of which gate and up are two tensors in GGUF, stay packed."""
+    original = samples.train_harmony()
+    rows = original.get_vocab_size()
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        heads("gpt-oss")(writer)
+        samples.add_bpe(writer, original, "gpt2", "gpt-4o")
+
+    from comfy.text_encoders import gpt_oss
+
+    build = partial(gpt_oss.GptOssModel, gpt_oss.GptOss20BConfig())
+    model = build(dtype=torch.float32, device="meta", ops=pack("nodes.ops").GraftOps)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes |= {
+        f"{n}.weight": tuple(layer.logical_shape) for n, layer in pack("ops.layers").packed_layers(model).items()
+    }
+    shapes = with_vocabulary({f"model.{name}": s for name, s in shapes.items()}, "model.embed_tokens.weight", rows)
+    file = write(folder / f"gpt-oss-{kind}.gguf", MODEL_ARCH.GPT_OSS, shapes, kind, metadata)
+    dense = {name.removeprefix("model."): weight for name, weight in file.dense.items()}
+    tokenizer = {"tokenizer_json": samples.stored(original.to_str().encode())}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt_oss, "GptOss20BConfig", partial(gpt_oss.GptOss20BConfig, vocab_size=rows))
+        want = dense_clip([dense | tokenizer], "lens")
+    got = load([str(file.path)], "lens")
+    layers = got.cond_stage_model.graft.layers
+    assert {layers[path].fmt.name for path in layers if ".experts." in path} == {kind}
+    assert furthest(encoded(got), encoded(want)) < 1e-5
+    assert encoded(got)["cond"].shape[1] > 8
+    assert furthest(encoded(saved_again(got, "lens")), encoded(got)) == 0 and lora_error((got, want)) < 1e-4
+
+
+@pytest.mark.skipif(NEWER, reason="this ComfyUI has Qwen3-VL")
+def test_a_host_without_qwen3_vl_takes_it_for_no_other(load, tmp_path):
+    file = write(tmp_path / "a.gguf", MODEL_ARCH.QWEN3VL, {"model.layers.0.input_layernorm.weight": (256,)})
+    with pytest.raises(Exception, match=r"this ComfyUI does not know Qwen3-VL: update ComfyUI \(a.gguf\)"):
+        load([str(file.path)], "stable_diffusion")
+
+
 def test_gemma_3_sees_from_safetensors_only(pack):
     model, ops = torch.nn.Module(), pack("nodes.ops").TextEncoderOps
     model.vision = torch.nn.Module()
@@ -297,7 +649,7 @@ def with_vocabulary(shapes: dict[str, tuple], key: str, rows: int) -> dict[str, 
     return shapes | {key: (rows, shapes[key][1])}
 
 
-def test_wan_reads_with_the_tokenizer_in_the_file(folder, load):
+def test_wan_reads_with_the_tokenizer_in_the_file(folder, load, saved_again):
     original = samples.train_umt5(byte_fallback=True)
     rows = samples.processor(original).vocab_size() + 28
     shapes = with_vocabulary(t5_shapes("umt5_config_xxl.json"), "shared.weight", rows)
@@ -311,6 +663,22 @@ def test_wan_reads_with_the_tokenizer_in_the_file(folder, load):
         assert isinstance(clip.tokenizer, comfy.text_encoders.wan.WanT5Tokenizer)
     assert furthest(encoded(got, samples.TEXTS[3]), encoded(want, samples.TEXTS[3])) < 1e-5
     assert torch.equal(got.get_sd()["spiece_model"], got.tokenizer.state_dict()["spiece_model"])
+    again = saved_again(got, "wan")
+    for sample in samples.TEXTS[:20]:
+        assert again.tokenize(sample) == got.tokenize(sample), sample
+    assert furthest(encoded(again, samples.TEXTS[3]), encoded(got, samples.TEXTS[3])) == 0
+    for kind in ("mochi", "stable_diffusion"):
+        with pytest.raises(
+            Exception, match=r"this text encoder is a UMT5, which ComfyUI reads only for Wan: choose wan"
+        ):
+            load([str(umt5.path)], kind)
+
+
+def test_a_t5_that_is_no_umt5(flux, load, folder):
+    with pytest.raises(
+        Exception, match=r"Wan reads with a UMT5, and this text encoder is another T5: choose a umt5_xxl"
+    ):
+        load([str(folder / "t5xxl.gguf")], "wan")
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +697,57 @@ def gemma(folder, load):
     return load([str(file.path)], "lumina2"), want
 
 
-def test_lumina_reads_with_the_tokenizer_in_the_file(gemma):
+@pytest.mark.skipif(not hasattr(comfy.sd.TEModel, "GEMMA_3_12B"), reason="this ComfyUI does not have LTX-2")
+def test_ltx_2_reads_through_a_text_projection(folder, load, monkeypatch, saved_again):
+    """In a file of its own, which stays packed, and is saved as such."""
+    from comfy.text_encoders import lt
+
+    if not hasattr(lt, "DualLinearProjection"):
+        pytest.skip("this ComfyUI does not have the projection of LTX-2.3")
+    original = samples.train_gemma()
+    rows, width, layers = samples.processor(original).vocab_size(), 64, 48
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 128, "vocab_size": rows}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    dual, eyes = lt.DualLinearProjection, comfy.clip_model.CLIPVision
+    few = {"num_hidden_layers": 1, "intermediate_size": 64}
+    monkeypatch.setattr(comfy.clip_model, "CLIPVision", lambda config, *more: eyes(config | few, *more))
+    monkeypatch.setattr(lt, "DualLinearProjection", lambda *_, **more: dual((layers + 1) * width, 64, 32, **more))
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        heads("gemma3", **sizes)(writer)
+        samples.add_gemma(writer, original, rows)
+
+    g = torch.Generator().manual_seed(9)
+    projection, stored = {}, {}
+    for name, size in (("audio_aggregate_embed", 32), ("video_aggregate_embed", 64)):
+        for kind, part, shape in (("Q8_0", "weight", (size, (layers + 1) * width)), ("F32", "bias", (size,))):
+            weight, key = torch.randn(shape, generator=g) / 32, f"text_embedding_projection.{name}.{part}"
+            data = encode(weight.numpy(), gguf.GGMLQuantizationType[kind])
+            projection[key] = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(shape))
+            stored[key] = weight.numpy(), kind
+    write_gguf(folder / "ltx-projection.gguf", stored, "ltxv")
+    with small(**sizes):
+        shapes = llama_shapes("Gemma3_12B")
+        reading = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
+        file = write(folder / "gemma3-12b.gguf", MODEL_ARCH.GEMMA3, reading, "Q8_0", metadata)
+        want = dense_clip([file.dense | {"spiece_model": samples.stored(original)}, projection], "ltxv")
+        # which hosts want second
+        got = load([str(folder / "ltx-projection.gguf"), str(file.path)], "ltxv")
+        again = saved_again(got, "ltxv")
+    for clip in (got, want, again):
+        clip.tokenizer.gemma3_12b.min_length = 16
+    assert furthest(encoded(again), encoded(got)) < 1e-6
+    assert furthest(encoded(got), encoded(want)) < 1e-5
+    layers = got.cond_stage_model.graft.layers
+    assert [layers[path].fmt.name for path in layers if "projection" in path] == ["Q8_0", "Q8_0"]
+    assert "ltx-projection.gguf: ltxv" in got.cond_stage_model.graft.summary
+    assert lora_error((got, want)) < 1e-4
+
+
+def test_lumina_reads_with_the_tokenizer_in_the_file(gemma, saved_again):
     assert furthest(*(encoded(clip, samples.TEXTS[1]) for clip in gemma)) < 1e-5
+    again = saved_again(gemma[0], "lumina2")
+    assert furthest(encoded(again, samples.TEXTS[1]), encoded(gemma[0], samples.TEXTS[1])) < 1e-6
 
 
 @pytest.mark.skipif(not hasattr(comfy.text_encoders.llama, "BaseGenerate"), reason="this ComfyUI writes no text")
@@ -362,7 +779,7 @@ def test_patches_of_the_vocabulary_change_what_it_writes(kind, gemma):
     ("name", "arch"),
     [
         ("Qwen3_4B", MODEL_ARCH.QWEN3), ("Qwen25_3B", MODEL_ARCH.QWEN2VL), ("Gemma3_4B", MODEL_ARCH.GEMMA3),
-        ("Mistral3Small24B", MODEL_ARCH.LLAMA),
+        ("Mistral3Small24B", MODEL_ARCH.LLAMA), ("Ministral3_3B", MODEL_ARCH.MISTRAL3),
     ],
 )  # fmt: skip
 def test_names_and_layouts_of_others(name, arch, pack, tmp_path):
@@ -377,7 +794,7 @@ def test_names_and_layouts_of_others(name, arch, pack, tmp_path):
             samples.add_gemma(writer, samples.train_gemma(), 700)
 
     file = write(tmp_path / "a.gguf", arch, shapes, "Q5_K", metadata)
-    state = pack("ops.text_encoders").text_encoder_tensors(pack("ops.gguf_file").open_gguf(file.path))
+    state = pack("ops.files.text_encoders").text_encoder_tensors(pack("ops.files.gguf").open_gguf(file.path))
     assert ("spiece_model" in state) == (arch == MODEL_ARCH.GEMMA3)
     state.pop("spiece_model", None)
     assert state.keys() == file.dense.keys() == shapes.keys()
@@ -433,7 +850,7 @@ def test_a_format_that_cannot_stand_beside_ours(mark, load, tmp_path):
 
 @pytest.mark.parametrize(("file", "wanted"), [("clip_l.safetensors", "t5xxl"), ("t5xxl.gguf", "clip_l")])
 def test_files_that_do_not_make_up_the_type(file, wanted, flux, load, folder):
-    message = f"none of these files is the {wanted} that ComfyUI wants for 2 of the type flux"
+    message = f"none of these files is the {wanted} that ComfyUI wants: choose other files, or another type than flux"
     with pytest.raises(Exception, match=message):
         load([str(folder / file)] * 2, "flux")
 
@@ -452,14 +869,15 @@ def test_the_node(flux, classes):
     first, second, backend = shown["ui"]["text"][0].splitlines()
     assert first == "clip_l.safetensors" and second.startswith("t5xxl.gguf: t5encoder · ") and backend == "cpu"
     assert node.VALIDATE_INPUTS("t5xxl.gguf") is True and node.VALIDATE_INPUTS(None) is True
-    with pytest.raises(Exception, match=r"gone.gguf is not there: put it into models/text_encoders"):
+    with pytest.raises(Exception, match=r"gone.gguf is not there: put it into the text_encoders folder"):
         node().load("gone.gguf", "flux")
     assert node.IS_CHANGED(clip_name1="t5xxl.gguf") != node.IS_CHANGED(clip_name1="clip_l.safetensors")
 
 
+FILES = ("clip_name1", "clip_name2")
 WRONG = [
-    ("clip_name1", "clip_name1 - gone is not there: put it into models/text_encoders, or choose another file"),
-    *((name, f"{name}: 'gone' not in ") for name in ("clip_name2", "type", "device", "backend")),
+    *((name, "gone is not there: put it into the text_encoders folder, or choose another file") for name in FILES),
+    *((name, f"{name}: 'gone' not in ") for name in ("type", "device", "backend")),
 ]
 
 
@@ -467,7 +885,10 @@ WRONG = [
 def test_each_wrong_input_is_reported_once(name, message, flux, classes):
     inputs = {"clip_name1": "t5xxl.gguf", "clip_name2": "clip_l.safetensors", "type": "flux"} | {name: "gone"}
     prompt = {"1": {"class_type": "GraftCLIPLoader", "inputs": inputs}}
-    valid, errors, _ = asyncio.run(execution.validate_inputs("test", prompt, "1", {}))
+    prompt["2"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 0], "text": ""}}
+    validated: dict = {}
+    asyncio.run(execution.validate_inputs("test", prompt, "2", validated))
+    valid, errors, _ = validated["1"]
     assert not valid and len(errors) == 1 and errors[0]["details"].startswith(message)
 
 
@@ -488,6 +909,30 @@ def test_a_clone_on_another_copy_of_the_model(flux, clip_l, monkeypatch):
     clone = clip_l[0].patcher.clone
     monkeypatch.setattr(flux[0].patcher, "clone", lambda *args, **kwargs: clone())
     assert flux[0].clone().cond_stage_model is clip_l[0].cond_stage_model
+
+
+@pytest.mark.skipif(DYNAMIC_VRAM, reason="what plays a GPU is one device")
+def test_it_encodes_on_the_device_that_is_selected(flux, lora):
+    """Select CLIP Device puts the patcher on a model of its own there."""
+    multigpu = pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has one device")
+    branch = comfy.sd.load_lora_for_models(None, flux[0], lora, 0, 0.7)[1]
+    base, want = encoded(flux[0])["cond"], encoded(branch)["cond"]
+    moved = branch.clone()
+    moved.patcher = multigpu._retarget_patcher(moved.patcher, torch.device("cpu:1"), torch.device("cpu"))
+    assert moved.cond_stage_model is moved.patcher.model is not branch.cond_stage_model
+    assert torch.equal(encoded(moved)["cond"], want) and torch.equal(encoded(moved.clone())["cond"], want)
+    assert torch.equal(encoded(flux[0])["cond"], base) and not torch.equal(base, want)
+
+
+def test_a_whole_text_encoder_shows_its_weights(flux):
+    for clip in flux:
+        encoded(clip)  # the host's own has still the LoRA of another test in its weights
+    ours, theirs = (comfy.hooks.get_patch_weights_from_model(clip.patcher) for clip in flux)
+    assert ours.keys() == theirs.keys()
+    # which this file lacks, and hosts leave to chance
+    brought = [key for key in ours if not key.endswith("text_projection.weight") and theirs[key].any()]
+    assert len(brought) > 20
+    assert all(distance(ours[key].to(torch.float32), theirs[key]) < 1e-6 for key in brought)
 
 
 def test_nothing_stays_of_one_that_nobody_needs(flux, load, folder, lora):

@@ -20,7 +20,7 @@ GEMMA = {
 
 
 def rebuilt(pack, path, build: str) -> torch.Tensor:
-    return samples.stored(getattr(pack("ops.tokenizers"), build)(pack("ops.gguf_file").open_gguf(path)))
+    return samples.stored(getattr(pack("ops.files.tokenizers"), build)(pack("ops.files.gguf").open_gguf(path)))
 
 
 def ids(tokenizer, text: str) -> list[list[int]]:

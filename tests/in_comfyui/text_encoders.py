@@ -22,6 +22,7 @@ import comfy.text_encoders.t5
 import gguf
 import numpy as np
 import torch
+from generation import WITHOUT_DYNAMIC
 from gguf_samples import encode
 
 LLAMA = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512}
@@ -44,16 +45,21 @@ detect_te_model = comfy.sd.detect_te_model
 
 
 def detect_small(state: Mapping[str, torch.Tensor]) -> Any:
-    """The host knows T5 XXL by layers and widths that a small UMT5 does not have."""
-    is_umt5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in state
-    return comfy.sd.TEModel.T5_XXL if is_umt5 else detect_te_model(state)
+    """The host knows T5 XXL, UMT5 and others by layers and widths that small ones do not have."""
+    known = {
+        "encoder.block.1.layer.1.DenseReluDense.wi_1.weight": "T5_XXL", "model.layers.0.layer_scalar": "GEMMA_4_E4B",
+        "model.visual.deepstack_merger_list.0.norm.weight": "QWEN3VL_4B",
+    }  # fmt: skip
+    found = next((name for key, name in known.items() if hasattr(comfy.sd.TEModel, name) and key in state), None)
+    return detect_te_model(state) if found is None else comfy.sd.TEModel[found]
 
 
 @contextmanager
-def small(**sizes: int) -> Iterator[None]:
+def small(clip_layers: int = 2, **sizes: int) -> Iterator[None]:
     """Within this, the host's text encoders are a few million weights large; their code is the host's own.
 
     Args:
+        clip_layers: of CLIP.
         sizes: of Llama and its like others than those above; the vocabulary's is that of T5, too.
     """
     init_llama, init_t5, init_clip, init_vision = ORIGINALS.values()
@@ -68,7 +74,7 @@ def small(**sizes: int) -> Iterator[None]:
         init_t5(self, config | T5 | vocabulary, *args, **kwargs)
 
     def small_clip(self: Any, config: dict, *args: Any, **kwargs: Any) -> None:
-        init_clip(self, config | {"num_hidden_layers": 2}, *args, **kwargs)
+        init_clip(self, config | {"num_hidden_layers": clip_layers}, *args, **kwargs)
 
     def small_vision(self: Any, *args: Any, **kwargs: Any) -> None:
         init_vision(self, *args, **kwargs | VISION)
@@ -84,6 +90,43 @@ def small(**sizes: int) -> Iterator[None]:
         comfy.sd.detect_te_model = detect
         for cls, init in zip(ORIGINALS, before, strict=True):
             cls.__init__ = init
+
+
+def small_newer(patch: Any, rows: int = 2048) -> None:
+    """Let the classes that only newer hosts have be small for as long as `patch`, pytest's, lasts.
+
+    Krea 2's and gpt-oss's are read at other layers than the large ones.
+
+    Args:
+        rows: of Gemma's vocabulary.
+    """
+    from comfy.text_encoders import gemma4, gpt_oss, krea2, qwen3vl, qwen35
+
+    patch.setattr(krea2, "KREA2_TAP_LAYERS", [1, 2])
+    seeing = {"hidden_size": 64, "intermediate_size": 128, "depth": 3, "num_heads": 4, "num_position_embeddings": 64}
+    patch.setitem(qwen3vl.QWEN3VL_VISION, "qwen3vl_4b", seeing | {"deepstack_visual_indexes": [0, 2]})
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 151936}
+    sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32}
+    sizes |= {"linear_value_head_dim": 64, "mrope_section": [3, 3, 2], "vision": seeing}
+    patch.setitem(qwen35.QWEN35_MODELS, "qwen35_2b", sizes)
+    gemma = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
+    gemma |= {"head_dim": 64, "global_head_dim": 128, "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 2}
+    few = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "head_dim": 32}
+    gemma |= {"vocab_size": rows, "vision_config": gemma4.GEMMA4_VISION_CONFIG | few | {"position_embedding_size": 64}}
+    gemma |= {"audio_config": gemma4.GEMMA4_AUDIO_CONFIG | few | {"output_proj_dims": 64}}
+    init_model = gemma4.Gemma4Base._init_model
+
+    def small_gemma(self: Any, config: Any, *args: Any) -> None:
+        for name, value in gemma.items():
+            setattr(config, name, value)
+        init_model(self, config, *args)
+
+    patch.setattr(gemma4.Gemma4Base, "_init_model", small_gemma)
+    experts = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 201088}
+    patch.setattr(gpt_oss, "GptOss20BConfig", partial(gpt_oss.GptOss20BConfig, **experts))
+    patch.setattr(gpt_oss, "LENS_SELECTED_LAYERS", (0, 1))
 
 
 @dataclass
@@ -128,27 +171,31 @@ def write(
     metadata: Callable[[gguf.GGUFWriter], None] = lambda writer: None, seed: int = 0,
 ) -> Encoder:  # fmt: skip
     """Write seeded weights under gguf-py's names for them, in llama.cpp's layout."""
-    names = gguf.get_tensor_name_map(arch, 32)
+    names = gguf.get_tensor_name_map(arch, 48)
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch] if arch != gguf.MODEL_ARCH.MMPROJ else "clip")
     encoder, rng = Encoder(path), np.random.default_rng(seed)
-    llama = arch == gguf.MODEL_ARCH.LLAMA
+    apart = any("merger.mlp" in name for name in shapes)  # queries, keys and values: of Qwen2-VL's projector
+    interleaved = arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.MISTRAL3)
     for name, shape in shapes.items():
         weight = _weight(name, shape, rng)
-        for part, array, rows in _stored(name, weight, names):
-            if llama and (heads := _heads(name)):
+        for part, rows in _parts(name, weight, names, apart):
+            array = weight[rows]
+            if interleaved and (heads := _heads(name)):
                 # from transformers' order of a head's rows to that of Meta's own files, as `LlamaModel.permute` does
                 array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-            shift = 1 if "GEMMA" in arch.name and name.endswith("norm.weight") else 0
-            quantized = array.ndim == 2 and array.size > 16384
+            shift = 1 if arch in _SHIFTED and name.endswith("norm.weight") and "linear_attn" not in name else 0
+            if name.endswith("A_log"):
+                array = -np.exp(array)
+            quantized = (array.ndim == 2 or "experts" in name) and array.size > 16384 and array.shape[-1] % 32 == 0
             qtype = gguf.GGMLQuantizationType[type_name if quantized else "F32"]
             # a vocabulary repeats some rows, which is quick
             order = np.arange(len(array)) if len(array) <= FEW else rng.integers(0, FEW, len(array))
             data = encode(np.ascontiguousarray(array[:FEW] + shift), qtype)
             writer.add_tensor(part, data[order], raw_dtype=qtype)
             read = gguf.dequantize(data, qtype).reshape(array[:FEW].shape)[order] - shift
-            if llama and heads:
+            if interleaved and heads:
                 read = read.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-            weight[rows] = read
+            weight[rows] = np.log(-read) if name.endswith("A_log") else read
         encoder.dense[name] = torch.from_numpy(weight)
     metadata(writer)
     writer.write_header_to_file()
@@ -172,21 +219,57 @@ def _heads(name: str) -> int:
     return {"q_proj": LLAMA["num_attention_heads"], "k_proj": LLAMA["num_key_value_heads"]}.get(name.split(".")[-2], 0)
 
 
-def _stored(name: str, weight: np.ndarray, names: gguf.TensorNameMap) -> Iterator[tuple[str, np.ndarray, Any]]:
-    """Name in the file, array, and where it belongs in `weight`; the projector's parts are stored one by one."""
+_SHIFTED = (gguf.MODEL_ARCH.GEMMA2, gguf.MODEL_ARCH.GEMMA3, gguf.MODEL_ARCH.QWEN35)
+_MERGERS = {"merger.norm": "v.post_ln", "merger.linear_fc1": "mm.0", "merger.linear_fc2": "mm.2"}
+
+
+def _parts(name: str, weight: np.ndarray, names: gguf.TensorNameMap, apart: bool) -> Iterator[tuple[str, Any]]:
+    """Name in the file, and what of `weight` it holds; what is one layer in the model may lie in parts."""
+    rows: Any = ...
     if name == "visual.patch_embed.proj.weight":
         for frame in range(2):
-            yield "v.patch_embd.weight" + ".1" * frame, weight[:, :, frame], (slice(None), slice(None), frame)
+            yield "v.patch_embd.weight" + ".1" * frame, (slice(None), slice(None), frame)
         return
-    if ".attn.qkv." in name:
+    if ".attn.qkv." in name and apart:
         third = weight.shape[0] // 3
         for i, part in enumerate("qkv"):
-            rows = slice(i * third, (i + 1) * third)
-            yield re.sub(r".*blocks\.(\d+)\.attn\.qkv", rf"v.blk.\1.attn_{part}", name), weight[rows], rows
+            yield (
+                re.sub(r".*blocks\.(\d+)\.attn\.qkv", rf"v.blk.\1.attn_{part}", name),
+                slice(i * third, (i + 1) * third),
+            )
         return
-    stored = names.get_name(name, (".weight", ".bias"))
+    if ".gate_up_proj." in name:
+        for i, part in enumerate(("gate", "up")):
+            yield names.get_name(name.replace("gate_up", part), (".weight", ".bias")), (slice(None), slice(i, None, 2))
+        return
+    deepstack = re.match(r"visual\.deepstack_merger_list\.(\d)\.(?:linear_)?(.+)", name)
+    if deepstack:
+        yield f"v.deepstack.{(0, 2)[int(deepstack[1])]}.{deepstack[2]}", rows
+        return
+    if ".linear_attn." in name:
+        rows, name = _sorted_heads(name, weight), name.replace("dt_bias", "dt_proj.bias")
+    merger = next((stored for part, stored in _MERGERS.items() if name.startswith(f"visual.{part}.")), None)
+    plain = name.endswith((".sinks", ".layer_scalar"))
+    name = f"{name}.weight" if plain else name
+    stored = f"{merger}.{name.rpartition('.')[2]}" if merger else names.get_name(name, (".weight", ".bias"))
     assert stored is not None, f"llama.cpp has no name for {name}"
-    yield stored, weight, ...
+    yield stored, rows
+
+
+def _sorted_heads(name: str, weight: np.ndarray) -> Any:
+    """llama.cpp has the value heads of Qwen3.5 by turns of their key heads, of which there are two here."""
+    keys, heads, width = 2, 4, 64
+    order = np.arange(heads).reshape(keys, -1).T.flatten()
+    wide = (order[:, None] * width + np.arange(width)).flatten()
+    before = weight.shape[0] - heads * width
+    if "out_proj" in name:
+        return slice(None), wide
+    if "in_proj_qkv" in name or "conv1d" in name:
+        rows = np.concatenate([np.arange(before), before + wide])
+        return (rows, 0) if "conv1d" in name else rows
+    if name.endswith(("linear_attn.norm.weight",)):
+        return ...
+    return wide if "in_proj_z" in name else order
 
 
 def dense_clip(states: list[dict[str, torch.Tensor]], kind: str) -> Any:
@@ -195,4 +278,5 @@ def dense_clip(states: list[dict[str, torch.Tensor]], kind: str) -> Any:
         [dict(state) for state in states],
         clip_type=getattr(comfy.sd.CLIPType, kind.upper()),
         model_options={"dtype": torch.float32},
+        **WITHOUT_DYNAMIC,
     )

@@ -17,8 +17,10 @@ FORGE = Path.cwd()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 ARGUMENTS = sys.argv[1:]
-sys.argv = [sys.argv[0], "--always-cpu"]  # what Forge's own argument parser sees
-sys.path[:0] = [str(FORGE), str(FORGE / "packages_3rdparty"), str(FORGE / "modules_forge" / "packages")]
+IS_NEO = "--always-cpu" not in (FORGE / "backend" / "args.py").read_text(encoding="utf-8")
+sys.argv = [sys.argv[0], "--cpu" if IS_NEO else "--always-cpu"]  # what Forge's own argument parser sees
+FOLDERS = ("packages_3rdparty", "modules_forge/packages", "repositories/huggingface_guess")
+sys.path[:0] = [str(FORGE), *(str(FORGE / folder) for folder in FOLDERS)]
 
 package = types.ModuleType("graft")
 package.__path__ = [str(CHECKOUT)]
