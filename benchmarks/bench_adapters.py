@@ -30,7 +30,8 @@ from graft.kernels import by_name  # isort: skip  # `graft` exists once checkout
 from graft.ops import layers  # isort: skip
 from graft.ops.adapters import Patch, from_host  # isort: skip
 from graft.ops.packed import PackedTensor  # isort: skip
-from graft.ops.residual import FactorCache, ResidualStack  # isort: skip
+from graft.ops.factors import FactorCache  # isort: skip
+from graft.ops.residual import ResidualStack  # isort: skip
 
 LAYERS = {"linear1": (21504, 3072), "proj": (3072, 3072)}
 ROWS = (384, 4096)

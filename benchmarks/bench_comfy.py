@@ -1,8 +1,11 @@
 """Graft and ComfyUI-GGUF in one ComfyUI process, in turn, on the same files: `make bench-comfy`.
 
-Flux blocks (1 double, 1 single) at 3072, 256 image and 128 text tokens, with 0, 1 and 4 LoRAs of ranks
+Flux blocks (1 double, 1 single) at 3072, 256 image (`--side` 32) and 128 text tokens, with 0, 1 and 4 LoRAs of ranks
 16/32/64/32 on every linear layer of the blocks, through the stock LoRA loader and ComfyUI's own sampler.
-Prints medians over the turns and their ratios, and each pack's peak memory in a process of its own.
+Prints medians over the turns and their ratios, and each pack's peak memory in a process of its own. Then the same four
+LoRAs by region and step, against constants and against ComfyUI's own hooks (`comfy_strengths`).
+
+    make bench-comfy ARGS="--gpu"      # on the GPU, also against unquantized bf16, with a CSV (`comfy_gpu`)
 
     COMFYUI_PATH     ComfyUI's folder (default ~/ComfyUI); COMFYUI_PYTHON its Python (default its venv's)
     COMFYUI_GGUF     a checkout of city96/ComfyUI-GGUF (default ~/peers/ComfyUI-GGUF)
@@ -12,53 +15,100 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
+import importlib
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+
+import comfy_gpu
+import comfy_strengths
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", str(Path.home() / "ComfyUI")).split(os.pathsep)[0])
 PEER = Path(os.environ.get("COMFYUI_GGUF", Path.home() / "peers" / "ComfyUI-GGUF"))
 RANKS = (16, 32, 64, 32)
 LORAS = (0, 1, 4)
+SIZE = 32
+"""Of a side of the latent, where nothing else is said: 256 tokens."""
+PARTS = ("packs", "strengths")
 # each beside what the loader is told: the peer takes the host's dtype, which on a CPU is fp32, and so does "graft"
-VARIANTS = {"peer": "auto", "graft": "auto", "graft bf16": "bf16"}
+VARIANTS = {"peer": "auto", "graft": "auto", "graft bf16": "bf16", "graft int8": "int8"}
+# on a GPU the host computes in bf16, and so do the peer and "graft"
+ON_GPU = ("bf16", "peer", "graft", "graft int8")
+TITLES = {
+    "bf16": "unquantized bf16",
+    "peer": "ComfyUI-GGUF",
+    "graft": "Graft",
+    "graft bf16": "Graft, bf16",
+    "graft int8": "Graft, int8",
+}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, help="default: 5, and on a GPU 20")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument(
+        "--side", type=int, help=f"of the latent: 64 is a picture of 512 by 512 (default: {SIZE}, and on a GPU 128)"
+    )
+    parser.add_argument("--text", type=int, help="tokens of the prompt (default: 128, and on a GPU 512)")
+    parser.add_argument("--width", type=int, default=3072, help="of the Flux blocks, a multiple of 128")
+    parser.add_argument("--variants", nargs="+", choices=list(TITLES), help="default: all; 'bf16' is for --gpu")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU: packs and unquantized bf16, into a CSV")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of --gpu; cpu tries it without one")
+    parser.add_argument("--out", type=Path, help="CSV of --gpu (default: benchmarks/results/<card>/comfyui.csv)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of this process, where others use the machine, too; with one thread"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--memory", nargs=2, metavar=("VARIANT", "FILE"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    usual = (20, 128, 512, ON_GPU) if options.gpu else (5, SIZE, 128, tuple(VARIANTS))
+    for name, value in zip(("turns", "side", "text", "variants"), usual, strict=True):
+        setattr(options, name, getattr(options, name) or value)
+    if "bf16" in options.variants and not options.gpu:
+        parser.error("the variant bf16 is for --gpu")
+    options.out = options.out and options.out.absolute()
+    return options
 
 
-def start_comfyui() -> dict:
-    """Import ComfyUI on the CPU and load both packs through its own loader; returns their node classes."""
+def start_comfyui(packs: list[Path], device: str = "cpu") -> dict:
+    """Import ComfyUI and load these packs through its own loader; returns their node classes."""
     sys.path[:0] = [str(COMFYUI), str(ROOT / "tests"), str(ROOT / "tests" / "in_comfyui")]
-    sys.argv = ["main.py", "--cpu"]
+    sys.argv = ["main.py", "--cpu"] if device == "cpu" else ["main.py"]
     os.chdir(COMFYUI)
     import comfy.options
 
     comfy.options.enable_args_parsing()
     import nodes
 
-    for pack in (ROOT, PEER):
+    for pack in packs:
         if not asyncio.run(nodes.load_custom_node(str(pack))):
             raise SystemExit(f"ComfyUI could not load the pack in {pack}")
     return nodes.NODE_CLASS_MAPPINGS
 
 
-def write_files(folder: Path, types: list[str]) -> None:
-    from architectures import ARCHITECTURES, write_model
+def blocks(width: int):
+    """The architecture that is measured: a double and a single block of Flux."""
+    from architectures import ARCHITECTURES, flux_of
+
+    return replace(ARCHITECTURES["flux"], build=functools.partial(flux_of, width))
+
+
+def write_files(folder: Path, types: list[str], width: int) -> None:
+    from architectures import write_model
 
     for type_name in types:
-        write_model(ARCHITECTURES["flux"], type_name, folder / f"{type_name}.gguf")
+        write_model(blocks(width), type_name, folder / f"{type_name}.gguf")
 
 
 def load(variant: str, path: Path, classes: dict):
@@ -70,45 +120,45 @@ def load(variant: str, path: Path, classes: dict):
         paths, extensions = folder_paths.folder_names_and_paths.get(key, ([], set()))
         if str(path.parent) not in paths:
             folder_paths.folder_names_and_paths[key] = ([str(path.parent), *paths], set(extensions) | {".gguf"})
+    if variant == comfy_gpu.BASELINE:
+        return comfy_gpu.unquantized(pack, path)
     if variant == "peer":
         return classes["UnetLoaderGGUF"]().load_unet(path.name)[0]
     return classes["GraftUNETLoader"]().load(path.name, compute_dtype=VARIANTS[variant])["result"][0]
 
 
-def grafted(model, count: int):
+def grafted(model, count: int, width: int = 3072):
     """The model with the first `count` LoRAs, through what the stock LoRA loader calls."""
     from generation import with_lora
-    from loras import make_lora
 
-    shapes = {k: v.shape for k, v in flux_shapes().items()}
-    for seed, rank in enumerate(RANKS[:count]):
-        blocks = ("double_blocks.0", "single_blocks.0")
-        model = with_lora(model, make_lora(model.model, shapes, "native", blocks, rank, seed), 0.8)
+    for lora in lora_files(model, count, blocks(width)):
+        model = with_lora(model, lora, 0.8)
     return model
 
 
-def flux_shapes() -> dict:
+def lora_files(model, count: int, architecture=None) -> list[dict]:
     from architectures import ARCHITECTURES
+    from loras import make_lora
 
-    return {f"diffusion_model.{k}": v for k, v in ARCHITECTURES["flux"].build().state_dict().items()}
+    built = (architecture or ARCHITECTURES["flux"]).build()
+    shapes = {f"diffusion_model.{name}": weight.shape for name, weight in built.state_dict().items()}
+    blocks = ("double_blocks.0", "single_blocks.0")
+    return [make_lora(model.model, shapes, "native", blocks, rank, seed) for seed, rank in enumerate(RANKS[:count])]
 
 
-def seconds_a_step(model) -> float:
+def seconds_a_step(model, options: argparse.Namespace) -> float:
     """Seconds of the diffusion model's forward pass in a step of ComfyUI's sampler."""
     import comfy.sample
     import torch
-    from architectures import ARCHITECTURES
 
-    pooled = ARCHITECTURES["flux"].pooled
-    g = torch.Generator().manual_seed(0)
-    latent = torch.zeros(1, 16, 32, 32)
-    condition = [[torch.randn(1, 128, 4096, generator=g), {"pooled_output": torch.randn(1, pooled, generator=g)}]]
-    noise = torch.randn(latent.shape, generator=g)
+    latent, condition = torch.zeros(1, 16, options.side, options.side), conditioning(options.text)
+    clock = time.process_time if options.cpu_time else comfy_gpu.waiting_clock(options.device if options.gpu else "cpu")
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
     times: list[float] = []
     network = model.model.diffusion_model
     hooks = [
-        network.register_forward_pre_hook(lambda *_: times.append(-time.perf_counter())),
-        network.register_forward_hook(lambda *_: times.append(time.perf_counter())),
+        network.register_forward_pre_hook(lambda *_: times.append(-clock())),
+        network.register_forward_hook(lambda *_: times.append(clock())),
     ]
     comfy.sample.sample(model, noise, 1, 1.0, "euler", "simple", condition, condition, latent, disable_pbar=True)
     for hook in hooks:
@@ -116,23 +166,83 @@ def seconds_a_step(model) -> float:
     return sum(times)
 
 
-def measure(type_name: str, folder: Path, classes: dict, turns: int) -> list[dict]:
-    """Rows of one type: median seconds a step of every variant with 0, 1 and 4 LoRAs."""
-    bases = {variant: load(variant, folder / f"{type_name}.gguf", classes) for variant in VARIANTS}
+def conditioning(tokens: int = 128) -> list:
+    import torch
+    from architectures import ARCHITECTURES
+
+    g = torch.Generator().manual_seed(0)
+    pooled = torch.randn(1, ARCHITECTURES["flux"].pooled, generator=g)
+    return [[torch.randn(1, tokens, 4096, generator=g), {"pooled_output": pooled}]]
+
+
+def measure(type_name: str, folder: Path, classes: dict, options: argparse.Namespace) -> list[dict]:
+    """Rows of one type: median seconds a step of every variant with 0, 1 and 4 LoRAs, each once in every turn.
+
+    What LoRAs cost, and what int8 takes, are medians of shares within a turn: what changes from turn to turn, the
+    machine, drops out.
+    """
+    bases = {variant: load(variant, folder / f"{type_name}.gguf", classes) for variant in options.variants}
+    models = {(n, variant): grafted(base, n, options.width) for n in LORAS for variant, base in bases.items()}
+    for model in models.values():
+        seconds_a_step(model, options)  # loads it
+    times: dict[tuple[int, str], list[float]] = {which: [] for which in models}
+    for _ in range(options.turns):
+        for which, model in models.items():
+            times[which].append(seconds_a_step(model, options))
     rows = []
     for count in LORAS:
-        models = {variant: grafted(base, count) for variant, base in bases.items()}
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for model in models.values():
-            seconds_a_step(model)  # loads it
-        for _ in range(turns):
-            for variant, model in models.items():
-                times[variant].append(seconds_a_step(model))
-        medians = {variant: statistics.median(seconds) for variant, seconds in times.items()}
-        rows.append({"type": type_name, "loras": count, **medians})
-        each = ", ".join(f"{variant} {[round(t, 2) for t in seconds]}" for variant, seconds in times.items())
-        print(f"  {type_name} {count} LoRAs: {each}", flush=True)
+        row = {"type": type_name, "loras": count, "cost": {}}
+        for variant in options.variants:
+            seconds = times[count, variant]
+            row[variant] = statistics.median(seconds)
+            row["cost"][variant] = share(seconds, times[0, variant]) - 1
+            print(f"  {type_name} {count} LoRAs: {variant} {[round(t, 2) for t in seconds]}", flush=True)
+        if {"graft", "graft int8"} <= bases.keys():
+            row["int8 share"] = share(times[count, "graft int8"], times[count, "graft"])
+        rows.append(row)
     return rows
+
+
+def share(these: list[float], those: list[float]) -> float:
+    """The median of one by the other, turn by turn."""
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
+
+
+def measure_on_gpu(folder: Path, classes: dict, options: argparse.Namespace) -> str:
+    """The table of `comfy_gpu`; its CSV is written meanwhile."""
+    from architectures import flux_as_wide_as_its_file
+
+    about = comfy_gpu.machine(options.device)
+    card = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
+    out = options.out or ROOT / "benchmarks" / "results" / card / "comfyui.csv"
+    with comfy_gpu.Record(out, about) as record, flux_as_wide_as_its_file():
+        for type_name in options.types:
+            path = folder / f"{type_name}.gguf"
+            loaders = {name: functools.partial(load, name, path, classes) for name in options.variants}
+            with_loras = functools.partial(grafted, width=options.width)
+            seconds = functools.partial(seconds_a_step, options=options)
+            comfy_gpu.measure(type_name, loaders, with_loras, seconds, LORAS, options.turns, record)
+    title = ", ".join(f"{key} {value}" for key, value in about.items())
+    sizes = f"{(options.side // 2) ** 2} + {options.text} tokens, {options.turns} turns"
+    return f"{title}; {sizes}; medians with 20 and 80 % quantiles\n\n{comfy_gpu.table(record.steps, TITLES)}"
+
+
+def pack(name: str):
+    """A module of Graft's, as ComfyUI has loaded it."""
+    return importlib.import_module(f"{str(ROOT).replace('.', '_x_')}.{name}")
+
+
+def measure_strengths(type_name: str, folder: Path, classes: dict, turns: int) -> str:
+    """The table of `comfy_strengths` on a file of this type, half as wide: ComfyUI keeps a copy of it for each hook."""
+    from architectures import flux_as_wide_as_its_file, write_model
+    from generation import dense_model
+
+    half = blocks(1536)
+    path = write_model(half, type_name, folder / f"half-{type_name}.gguf")
+    with flux_as_wide_as_its_file():
+        graft, dense = load("graft", path, classes), dense_model(pack, path)
+    loras = lora_files(graft, len(RANKS), half)
+    return comfy_strengths.measure(graft, dense, loras, conditioning(), SIZE, pack, turns)
 
 
 def peak_memory(variant: str, file: Path) -> float:
@@ -150,28 +260,33 @@ def peak_resident() -> float:
 
 def table(rows: list[dict], memory: dict[tuple[str, str], float]) -> str:
     """Two Markdown tables: seconds and ratios, and memory."""
-    none = {row["type"]: row for row in rows if row["loras"] == 0}
-    lines = [
-        "| type | LoRAs | ComfyUI-GGUF | Graft | Graft, bf16 | times its speed | in bf16 | LoRAs cost: theirs / ours |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    variants = [v for v in VARIANTS if v in rows[0]]
+    ours = [v for v in variants if v != "peer"] if "peer" in variants else []
+    titles = [TITLES[v] for v in variants] + [f"times its speed: {TITLES[v]}" for v in ours]
+    titles += ["int8 takes of Graft's time"] if "int8 share" in rows[0] else []
+    types = dict.fromkeys(row["type"] for row in rows)
+    lines = [_line(["type", "LoRAs", *titles, "LoRAs cost"]), _line(["---"] * (len(titles) + 3))]
     for row in rows:
-        bare = none[row["type"]]
-        cost = " / ".join(f"{row[v] / bare[v] - 1:+.0%}" for v in ("peer", "graft")) if row["loras"] else ""
-        seconds = " | ".join(f"{row[v]:.2f} s" for v in VARIANTS)
-        ratios = " | ".join(f"{row['peer'] / row[v]:.2f}" for v in ("graft", "graft bf16"))
-        lines.append(f"| {row['type']} | {row['loras']} | {seconds} | {ratios} | {cost} |")
-    lines += ["", "| peak memory, four LoRAs | ComfyUI-GGUF | Graft | Graft, bf16 |", "|---|---|---|---|"]
-    for type_name in none:
-        lines.append(f"| {type_name} | " + " | ".join(f"{memory[v, type_name]:.2f} GiB" for v in VARIANTS) + " |")
+        cells = [f"{row[v]:.2f} s" for v in variants] + [f"{row['peer'] / row[v]:.1f}" for v in ours]
+        cells += [f"{row['int8 share']:.2f}"] if "int8 share" in row else []
+        cost = " / ".join(f"{row['cost'][v]:+.0%}" for v in variants) if row["loras"] else ""
+        lines.append(_line([row["type"], str(row["loras"]), *cells, cost]))
+    if memory:
+        lines += ["", _line(["peak memory, four LoRAs", *(TITLES[v] for v in variants)])]
+        lines.append(_line(["---"] * (len(variants) + 1)))
+        lines += [_line([name, *(f"{memory[v, name]:.2f} GiB" for v in variants)]) for name in types]
     return "\n".join(lines)
 
 
-def run_in_comfyui() -> None:
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def run_in_comfyui(needs: dict[Path, str]) -> None:
     """Go on in ComfyUI's own Python, if this is another one."""
     own = COMFYUI / "venv" / "bin" / "python"
     python = Path(os.environ.get("COMFYUI_PYTHON") or (own if own.exists() else sys.executable))
-    for needed, variable in ((COMFYUI / "main.py", "COMFYUI_PATH"), (PEER / "nodes.py", "COMFYUI_GGUF")):
+    for needed, variable in needs.items():
         if not needed.is_file():
             raise SystemExit(f"{needed} is not there: say where it is in {variable}")
     if python.absolute() != Path(sys.executable).absolute():
@@ -180,29 +295,50 @@ def run_in_comfyui() -> None:
 
 def main() -> None:
     options = arguments()
-    run_in_comfyui()
-    classes = start_comfyui()
+    needs = {COMFYUI / "main.py": "COMFYUI_PATH"}
+    with_peer = "packs" in options.parts and "peer" in options.variants
+    if with_peer and not options.gpu:  # there it is a variant that fails, and the others are measured
+        needs[PEER / "nodes.py"] = "COMFYUI_GGUF"
+    run_in_comfyui(needs)
+    with_peer = with_peer and (PEER / "nodes.py").is_file()
+    classes = start_comfyui([ROOT, PEER] if with_peer else [ROOT], options.device if options.gpu else "cpu")
     import comfyui_version
     import torch
 
+    if options.gpu and options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU: nothing to measure")
+
     if options.memory:
         variant, file = options.memory
-        seconds_a_step(grafted(load(variant, Path(file), classes), len(RANKS)))
+        seconds_a_step(grafted(load(variant, Path(file), classes), len(RANKS), options.width), options)
         print(peak_resident())
         return
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         folder = Path(temporary)
-        write_files(folder, options.types)
-        rows = [row for type_name in options.types for row in measure(type_name, folder, classes, options.turns)]
-        memory = {(v, t): peak_memory(v, folder / f"{t}.gguf") for t in options.types for v in VARIANTS}
+        write_files(folder, options.types, options.width)
+        if options.gpu:
+            print_and_keep(measure_on_gpu(folder, classes, options), options.markdown)
+            return
+        tables = []
+        if "packs" in options.parts:
+            rows = [row for type_name in options.types for row in measure(type_name, folder, classes, options)]
+            measured = [] if options.no_memory else options.types
+            memory = {(v, t): peak_memory(v, folder / f"{t}.gguf") for t in measured for v in options.variants}
+            tables.append(table(rows, memory))
+        if "strengths" in options.parts:
+            tables += [f"{t}\n\n{measure_strengths(t, folder, classes, options.turns)}" for t in options.types]
     header = (
         f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"medians of {options.turns} turns; seconds a step, fp32 where nothing else is said"
+        f"{options.side // 2} by {options.side // 2} + {options.text} tokens, medians of {options.turns} turns; "
+        f"seconds {'of CPU time ' if options.cpu_time else ''}a step, fp32 where nothing else is said"
     )
-    text = f"{header}\n\n{table(rows, memory)}"
+    print_and_keep("\n\n".join([header, *tables]), options.markdown)
+
+
+def print_and_keep(text: str, path: Path | None) -> None:
     print(text)
-    if options.markdown:
-        options.markdown.write_text(text + "\n")
+    if path:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

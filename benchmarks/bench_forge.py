@@ -1,11 +1,12 @@
-"""Forge with and without Graft, in one process on the same layers: `make bench-forge`.
+"""Forge and Forge Neo with and without Graft, each in one process on the same layers: `make bench-forge`.
 
-Forge's own Flux with one single block at 3072, 256 image and 128 text tokens, fp32 on the CPU, with 0, 1
+Their own Flux with one single block at 3072, 256 image and 128 text tokens, fp32 on the CPU, with 0, 1
 and 4 LoRAs of ranks 16/32/64/32 on every linear layer of the block. Forge runs LoRAs in two
-ways: online builds them into each weight in each step, offline requantizes the weights once, where it can.
+ways: online builds them into each weight in each step, offline requantizes the weights once, where it can;
+Neo runs them on GGUF models online alone.
 
-    FORGE_PATH      Forge's folder (default ~/stable-diffusion-webui-forge)
-    FORGE_PYTHON    its Python (default its venv's)
+    FORGE_PATH      folders of Forges (default ~/stable-diffusion-webui-forge and ~/forge-neo)
+    FORGE_PYTHON    their Python (default each one's own in its venv)
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FORGE = Path(os.environ.get("FORGE_PATH", Path.home() / "stable-diffusion-webui-forge"))
-PYTHON = Path(os.environ.get("FORGE_PYTHON", FORGE / "venv" / "bin" / "python"))
 WIDTH, TEXT = 3072, 4096
 RANKS = (16, 32, 64, 32)
 COUNTS = (0, 1, 4)
@@ -43,31 +42,34 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     chosen = arguments()
-    if not PYTHON.is_file():
-        raise SystemExit(f"there is no Python of Forge at {PYTHON}: set FORGE_PATH or FORGE_PYTHON")
-    tables = [table(kind, measured(kind, chosen.turns), chosen.turns) for kind in chosen.types]
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest  # noqa: F401, binds the checkout
+    from forge import forges
+
+    if not (found := forges()):
+        raise SystemExit("there is no Forge: set FORGE_PATH")
+    cases = ((forge, kind) for forge in found for kind in chosen.types)
+    tables = [table(forge, kind, measured(forge, kind, chosen.turns), chosen.turns) for forge, kind in cases]
     text = "\n\n".join([*tables, f"{processor()}, {os.cpu_count()} cores"])
     print(text)
     if chosen.markdown:
         chosen.markdown.write_text(text + "\n", encoding="utf-8")
 
 
-def measured(kind: str, turns: int) -> dict[str, list[float]]:
-    """Write the model, then measure it with Forge's Python; seconds by what was measured."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import conftest  # noqa: F401, binds the checkout
+def measured(forge: Any, kind: str, turns: int) -> dict[str, list[float]]:
+    """Write the model, then measure it with the Forge's Python; seconds by what was measured."""
     from forge_toys import flux_tensors
     from gguf_samples import write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder, "flux.gguf"), Path(folder, "seconds.json")
         write_gguf(file, flux_tensors(kind, width=WIDTH, text=TEXT, double=0, single=1))
-        inside = [str(PYTHON), str(Path(__file__).resolve()), "inside", str(file), str(out), str(turns)]
-        subprocess.run(inside, cwd=FORGE, check=True, stdout=subprocess.DEVNULL)
+        inside = [str(forge.python), str(Path(__file__).resolve()), "inside", str(file), str(out), str(turns)]
+        subprocess.run(inside, cwd=forge.folder, check=True, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text())
 
 
-def table(kind: str, seconds: dict[str, list[float]], turns: int) -> str:
+def table(forge: Any, kind: str, seconds: dict[str, list[float]], turns: int) -> str:
     """Medians, and what LoRAs add to the step without one of the same round."""
 
     def row(name: str, way: str) -> str:
@@ -77,14 +79,16 @@ def table(kind: str, seconds: dict[str, list[float]], turns: int) -> str:
         steps = "".join(f" {statistics.median(o):.2f} s ({s:+.0%}) |" for o, s in zip(others, shares, strict=True))
         return f"| {name} | {statistics.median(bare):.2f} s |{steps} {max(0.0, changed):.2f} s |"
 
+    host = "Forge Neo" if forge.is_neo else "Forge"
     lines = [
         f"| {kind}, a step | no LoRA | 1 LoRA | 4 LoRAs | a new strength of the four |", "|---|---|---|---|---|",
-        row("Forge, online", "online"), row("Forge with Graft", "graft"),
+        row(f"{host}, online", "online"), row(f"{host} with Graft", "graft"),
     ]  # fmt: skip
     offline = f"refuses: it cannot write {kind}"
     if patching := seconds.get("offline patch"):
         offline = f"takes {statistics.median(patching):.1f} s to build four LoRAs, or a new strength, into the weights"
-    return "\n".join([*lines, f"\nForge, offline, {offline}. Medians over {turns} turns."])
+    said = f"Medians over {turns} turns." if forge.is_neo else f"Forge, offline, {offline}. Medians over {turns} turns."
+    return "\n".join([*lines, "", said])
 
 
 def processor() -> str:
@@ -100,23 +104,23 @@ def processor() -> str:
 
 def inside(file: str, out: str, turns: int) -> None:
     sys.path.insert(0, str(ROOT / "tests" / "in_forge"))
-    import bootstrap  # noqa: F401, before Forge
+    import bootstrap  # before Forge
     import torch
 
     with torch.inference_mode():
-        seconds = Bench(file).run(turns)
+        seconds = Bench(file, bootstrap.IS_NEO).run(turns)
     Path(out).write_text(json.dumps(seconds))
 
 
 class Bench:
     """The model twice, as Forge holds it and as Graft does, and LoRAs for it."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, is_neo: bool) -> None:
         import torch
         from graft.scripts.forge.engine import Engine
         from graft.scripts.forge.host import detect
 
-        self.engine, self.file = Engine(detect()), file
+        self.engine, self.file, self.is_neo = Engine(detect()), file, is_neo
         self.theirs = self.patcher()
         self.engine.install()
         self.ours = self.patcher()
@@ -135,25 +139,28 @@ class Bench:
         from backend.patcher.base import ModelPatcher
 
         cpu = torch.device("cpu")
+        more = {"out_channels": 16, "patch_size": 2} if self.is_neo else {}
         with operations.using_forge_operations(device=cpu, dtype=torch.float32, bnb_dtype="gguf"):
             model = IntegratedFluxTransformer2DModel(
                 in_channels=16, vec_in_dim=768, context_in_dim=TEXT, hidden_size=WIDTH, mlp_ratio=4.0, num_heads=24,
                 depth=0, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, guidance_embed=True,
+                **more,
             )  # fmt: skip
         model.load_state_dict(utils.load_torch_file(self.file))
         return ModelPatcher(model, cpu, cpu)
 
-    def lora(self, rank: int, random: Any) -> dict[str, tuple]:
+    def lora(self, rank: int, random: Any) -> dict[str, Any]:
+        """As the loader of this Forge makes it of a file."""
         import torch
 
-        found = {}
+        tensors, names = {}, {}
         for name, layer in self.theirs.model.named_modules():
-            if isinstance(layer, self.engine.host.linear) and "blocks" in name:
+            if self.engine.host.is_layer(layer) and "blocks" in name:
                 rows, columns = layer.weight.shape
-                up = torch.randn(rows, rank, generator=random) * 0.01
-                down = torch.randn(rank, columns, generator=random) / columns**0.5
-                found[f"{name}.weight"] = ("lora", (up, down, None, None, None))
-        return found
+                tensors[f"{name}.lora_up.weight"] = torch.randn(rows, rank, generator=random) * 0.01
+                tensors[f"{name}.lora_down.weight"] = torch.randn(rank, columns, generator=random) / columns**0.5
+                names[name] = f"{name}.weight"
+        return self.engine.host.load_lora(tensors, names)[0]
 
     def loaded(self, base: Any, count: int, strength: float, online: bool) -> Any:
         """The model as Forge loads it, with the first LoRAs in one of its two modes."""
@@ -162,8 +169,11 @@ class Bench:
         patcher = base.clone()
         for index, lora in enumerate(self.loras[:count]):
             patcher.add_patches(filename=str(index), patches=lora, strength_patch=strength, online_mode=online)
+        if self.is_neo:
+            patcher.partially_load(patcher.load_device, 1e32)
         memory_management.bake_gguf_model(patcher.model)
-        patcher.refresh_loras()
+        if not self.is_neo:
+            patcher.refresh_loras()
         return patcher.model
 
     def run(self, turns: int) -> dict[str, list[float]]:
@@ -188,8 +198,9 @@ class Bench:
                         note(f"{way} {name}", lambda model=model: model(**self.inputs))
             self.install(False)
             # where the type cannot be requantized, no note is taken
-            with contextlib.suppress(NotImplementedError):
-                note("offline patch", lambda: self.loaded(self.theirs, COUNTS[-1], 0.8, False))
+            if not self.is_neo:
+                with contextlib.suppress(NotImplementedError):
+                    note("offline patch", lambda: self.loaded(self.theirs, COUNTS[-1], 0.8, False))
             self.loaded(self.theirs, 0, 1.0, True)
             if turn == 0:
                 seconds.clear()  # to warm up

@@ -1,6 +1,6 @@
 """The main job without a host, to look at: the demo model in many GGUF types, with LoRAs beside its packed weights.
 
-    make demo            # demo.png and the table below it; under two minutes on two cores once .venv is there
+    make demo            # demo.png and the table below it; a few minutes on two cores once .venv is there
 
 The files in `demo/` are opened with the reader and run in the layers that the nodes use, in fp32. Other types are
 quantized on the fly from the Q8_0 file. Every picture is drawn a second time by torch's own layers with the LoRAs
@@ -48,6 +48,8 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "IQ3_S", "IQ2_XS")
 STYLES = ("neon", "blueprint", "linocut")
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 TOGETHER = {"neon": 0.6, "blueprint": 0.6}
+SIDES = {"neon": 1.0, "blueprint": 1.0}
+"""The left and the right half."""
 PROMPTS = (
     "a red star and a blue ring on mint", "a pink heart on cream", "a blue flower on sand", "an orange moon on lilac",
     "a green triangle and a red circle on rose", "a yellow star on sky",
@@ -185,6 +187,23 @@ def strength_rows(studio: Studio, model: Wan, base: Tensor, styles: Sequence[str
         yield Section(style.capitalize(), remark, [*row, *others])
 
 
+def region_rows(studio: Studio, model: Wan) -> list[Section]:
+    """Two LoRAs on all of the picture, and each on its own half of it."""
+    left = torch.zeros(1, 2, 2)
+    left[..., 0] = 1
+    masks = dict(zip(SIDES, (left, 1 - left), strict=True))
+    everywhere = studio.draw("both everywhere", Grafted(model, SIDES), PROMPTS)
+    by_region = studio.draw("by region", Grafted(model, SIDES, masks), PROMPTS)
+    first, second = SIDES
+    return [
+        Section("Both everywhere", f"{first} and {second}, each × 1: they bleed", [("", p) for p in everywhere]),
+        Section(
+            "By region, one pass", f"{first} on the left half, {second} on the right half, each × 1",
+            [("", picture) for picture in by_region],
+        ),
+    ]  # fmt: skip
+
+
 def type_rows(studio: Studio, types: Sequence[str], folder: Path, results: list[Result]) -> list[Section]:
     """The same picture from every type, the LoRA grafted on; and merged and requantized."""
     source = shipped("Q8_0.gguf")
@@ -248,6 +267,8 @@ def main() -> int:
         base = studio.draw("base", Grafted(model, {}), PROMPTS)
         remark = "demo/graft-demo-Q8_0.gguf, no LoRA: a prompt for each column"
         sections = [Section("The base", remark, [("", picture) for picture in base])]
+        if set(SIDES) <= set(args.styles):
+            sections += region_rows(studio, model)
         sections += strength_rows(studio, model, base, args.styles)
         if set(TOGETHER) <= set(args.styles):
             both = studio.draw("together", Grafted(model, TOGETHER), PROMPTS)

@@ -1,7 +1,7 @@
-"""The format matrix of the README, from the table in `kernels/formats.py`.
+"""The matrix of types in docs/formats.md, from the table in `kernels/formats.py`.
 
-    python benchmarks/readme_matrix.py            # write it into README.md
-    python benchmarks/readme_matrix.py --check    # exit with 1 if README.md shows another one
+    python benchmarks/formats_matrix.py            # write it into docs/formats.md
+    python benchmarks/formats_matrix.py --check    # exit with 1 if that shows another one
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from checkout import ROOT
 from graft.kernels import FORMATS, Format, cpu
 
-README = ROOT / "README.md"
-BEGIN = "<!-- formats: written by `make readme` -->\n"
+PAGE = ROOT / "docs" / "formats.md"
+BEGIN = "<!-- formats: written by `make formats` -->\n"
 END = "<!-- /formats -->\n"
 NEEDS_NO_DECODING = "as it is"
 
@@ -40,13 +40,13 @@ def matrix() -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     old, _, after = rest.partition(END)
     new = f"\n{matrix()}\n"
     if "--check" in sys.argv:
-        sys.exit(0 if old == new else "README.md shows another format matrix than kernels/formats.py: run make readme")
-    README.write_text(before + BEGIN + new + END + after, encoding="utf-8")
+        sys.exit(0 if old == new else "docs/formats.md shows another matrix than kernels/formats.py: run make formats")
+    PAGE.write_text(before + BEGIN + new + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
