@@ -13,7 +13,8 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check readme bench bench-comfy bench-forge bench-adapters bench-gpu kernels-report clean
+.PHONY: help demo test check fuzz hosts company churn formats locales help-pictures architectures bench bench-comfy bench-forge bench-adapters bench-make \
+	bench-calibration bench-training bench-gpu kernels-report clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -30,8 +31,30 @@ check: $(READY)  ## ruff, mypy, and who may import whom
 	cd .venv && bin/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
 	$(PY) -m pytest -q tests/test_layering.py
 
-readme: $(READY)  ## write the format matrix in README.md anew
-	$(PY) benchmarks/readme_matrix.py
+fuzz: $(READY)  ## hostile files and adapters, 20,000 of each kind; ARGS="gguf_reader --inputs 2000000", or --help
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz $(ARGS)
+
+hosts: $(READY)  ## every suite in every ComfyUI (COMFYUI_PATH); `make test` leaves a few to the oldest and the newest
+	GRAFT_EVERY_HOST=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/test_comfyui.py $(ARGS)
+
+company: $(READY)  ## beside other packs (COMFYUI_PEERS), each alone and all together, in every ComfyUI
+	GRAFT_EVERY_HOST=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -s tests/test_company.py tests/test_distributed.py $(ARGS)
+
+churn: $(READY)  ## 1,000 random operations in one process of every ComfyUI (COMFYUI_PATH), 200 pictures in every Forge
+	GRAFT_EVERY_HOST=1 GRAFT_CHURN=1000 $(PY) -m pytest -q -s tests/test_comfyui.py -k churn $(ARGS)
+	GRAFT_CHURN=200 $(PY) -m pytest -q -s tests/test_forge_server.py -k churn $(ARGS)
+
+formats: $(READY)  ## write the matrix of types in docs/formats.md anew
+	$(PY) benchmarks/formats_matrix.py
+
+locales: $(READY)  ## write locales/en anew from the nodes; locales/zh is written by hand
+	$(PY) benchmarks/locales_en.py
+
+help-pictures: $(READY)  ## draw the pictures in help pages anew, from the newest ComfyUI in Chromium
+	$(PY) benchmarks/help_pictures.py
+
+architectures: $(READY)  ## load, and save, a small model of every class that the newest ComfyUI knows: docs/architectures.md
+	$(PY) benchmarks/architectures_table.py $(ARGS)
 
 bench: test  ## every benchmark that runs without a GPU, after the tests
 	$(MAKE) bench-comfy bench-forge bench-adapters
@@ -39,13 +62,22 @@ bench: test  ## every benchmark that runs without a GPU, after the tests
 bench-comfy: $(READY)  ## a step in ComfyUI, against city96/ComfyUI-GGUF (COMFYUI_PATH, COMFYUI_GGUF)
 	$(PY) benchmarks/bench_comfy.py $(ARGS)
 
-bench-forge: $(READY)  ## a step in Forge, against its own online and offline LoRAs (FORGE_PATH)
+bench-forge: $(READY)  ## a step in Forge and Forge Neo, against their own LoRAs (FORGE_PATH)
 	$(PY) benchmarks/bench_forge.py $(ARGS)
 
 bench-adapters: $(READY)  ## what each kind of adapter costs beside its layer
 	$(PY) benchmarks/bench_adapters.py $(ARGS)
 
-bench-gpu: $(READY)  ## the GPU tests, then the kernels on this GPU: CSV and plot
+bench-make: $(READY)  ## how fast GGUF files are made, in how much memory, how large they are, what baking a LoRA in loses
+	$(PY) benchmarks/bench_make.py $(ARGS)
+
+bench-calibration: $(READY)  ## what calibration is worth in each type, on the demo model
+	$(PY) benchmarks/calibration.py $(ARGS)
+
+bench-training: $(READY)  ## LoRAs learnt on quantized weights, on the demo model: tables and docs/training.png
+	$(PY) benchmarks/bench_training.py $(ARGS)
+
+bench-gpu: $(READY)  ## the kernels on this GPU, results and times, in under 5 minutes: CSVs and a plot
 	$(PY) benchmarks/bench_gpu.py $(ARGS)
 
 kernels-report: $(READY)  ## registers, spills and instructions of every kernel, compiled without a GPU

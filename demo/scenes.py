@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 SIZE = 128  # pixels on a side
 Array = np.ndarray
@@ -248,3 +250,10 @@ STYLES: dict[str, Callable[[Scene], Array]] = {
 def draw(scenes: list[Scene], style: str) -> Array:
     """Pictures ``float32 [n, SIZE, SIZE, 3]`` in 0..1."""
     return np.stack([STYLES[style](scene) for scene in scenes]).astype(np.float32)
+
+
+def draw_scenes(style: str, count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Pictures ``fp32 [count, SIZE, SIZE, 3]`` in 0..1 of random scenes, and their captions."""
+    rng = np.random.default_rng(seed)
+    drawn = [random_scene(rng) for _ in range(count)]
+    return torch.from_numpy(draw(drawn, style)), [scene.caption for scene in drawn]
