@@ -55,7 +55,7 @@ def test_in_comfyui(host: Host, suite: str) -> None:
     in_all = EVERYTHING or host in (HOSTS[0], HOSTS[-1])
     files = [str(path) for path in SUITES[suite] if in_all or path.stem not in LONG]
     ran = host.run(
-        "-m", "pytest", *files, "--import-mode=importlib", "-q", "-x", "-rs",
+        "-m", "pytest", *files, "--import-mode=importlib", "-q", "-x", "-rsfE", "--show-capture=no",
         "-p", "no:cacheprovider", "--rootdir", here, "--confcutdir", here, "-c", "/dev/null",
         COMFYUI_PATH=str(host.folder), GRAFT_DYNAMIC_VRAM="1" if suite == DYNAMIC else "",
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -264,8 +265,11 @@ def train_gemma4(vocab_size: int = 500) -> Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     back = decoders.Replace("\u2581", " ")
     tokenizer.decoder = decoders.Sequence([back, decoders.ByteFallback(), decoders.Fuse()])
+    counts = Counter("".join(CORPUS).replace(" ", "\u2581"))
+    # of the characters that are as frequent, the trainer would keep others each time
+    alphabet = sorted(counts, key=lambda character: (-counts[character], character))[:70]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, max_token_length=8, limit_alphabet=70,
+        vocab_size=vocab_size, show_progress=False, max_token_length=8, limit_alphabet=70, initial_alphabet=alphabet,
         special_tokens=[AddedToken(text, special=True, normalized=False) for text in GEMMA_4],
     )  # fmt: skip
     tokenizer.train_from_iterator(CORPUS * 3, trainer)

@@ -178,6 +178,8 @@ def write(
     interleaved = arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.MISTRAL3)
     for name, shape in shapes.items():
         weight = _weight(name, shape, rng)
+        if arch == gguf.MODEL_ARCH.GEMMA4 and name.endswith("q_norm.weight"):
+            weight /= math.sqrt(shape[0])  # its attention scales nothing, and a saturated one enlarges rounding
         for part, rows in _parts(name, weight, names, apart):
             array = weight[rows]
             if interleaved and (heads := _heads(name)):
