@@ -14,9 +14,12 @@ import nodes
 import pytest
 import torch
 from architectures import ARCHITECTURES, NARROW
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from conftest import ROOT
 from generation import both_models, dense_model, distance, forget, sample
+from graft.demo import pictures
 from loras import make_lora
+from safetensors.torch import load_file
 from sweep import known_classes, lora_for, output_of, sizes_of, write_tiny
 from tiny_models import MODELS
 
@@ -209,6 +212,46 @@ def test_the_same_schedule_as_the_hosts_keyframes(pack, case, monkeypatch):
     assert counts["calculate_weight"] and counts["forward"] == 2 * len(strengths)
     # the bound of a LoRA's effect against a merge in fp32
     assert distance(ours - base, own) < 1e-4
+
+
+def test_the_demos_schedule_as_the_hosts_keyframes(pack):
+    """Two styles of the demo that follow one another, over the shares of all steps, as `demo/` draws its pictures.
+
+    The host's hooks merge them into the dequantized model at each keyframe; ours run beside the packed one.
+    """
+    module, prompt = pack("ops.strengths"), pack("nodes.demo").GraftDemoPrompt()
+    path, size = ROOT / "demo" / "graft-demo-Q8_0.gguf", {"samples": torch.zeros(1, 16, 1, 16, 16)}
+    styles = [load_file(ROOT / "demo" / f"graft-demo-{name}.safetensors") for name in ("neon", "blueprint")]
+    courses, steps = ((1.0, 0.5, 0.0, 0.0), (0.0, 0.0, 0.7, 1.0)), 8
+    positive, negative = (prompt.encode(text)[0] for text in ("a red star and a blue ring on mint", ""))
+    graft, dense = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32"), dense_model(pack, path)
+    branch = graft.clone()
+    for file, course in zip(styles, courses, strict=True):
+        curve = module.Curve(tuple((step / 4, strength, "hold") for step, strength in enumerate(course)))
+        assert branch.add_patches(patches_of(graft, file), 1.0, when=module.Strength(curve))
+
+    def hooks() -> comfy.hooks.HookGroup:
+        groups = []
+        for file, course in zip(styles, courses, strict=True):
+            groups.append(comfy.hooks.create_hook_lora(file, 1.0, 0.0))
+            keyframes = comfy.hooks.HookKeyframeGroup()
+            for step, strength in enumerate(course):
+                keyframes.add(comfy.hooks.HookKeyframe(strength, step / 4, guarantee_steps=0))
+            groups[-1].set_keyframes_on_hooks(keyframes)
+        return comfy.hooks.HookGroup.combine_all_hooks(groups)
+
+    def drawn(model, scheduled=None) -> torch.Tensor:
+        (model,) = ModelSamplingSD3().patch(model, pictures.SHIFT)
+        prompts = [positive, negative]
+        if scheduled is not None:
+            prompts = [comfy.hooks.set_hooks_for_conditioning(each, scheduled) for each in prompts]
+        return nodes.common_ksampler(model, 1, steps, 3.0, "euler", "simple", *prompts, dict(size))[0]["samples"]
+
+    base, ours, theirs, own = drawn(graft), drawn(branch), drawn(graft, hooks()), drawn(dense, hooks()) - drawn(dense)
+    assert distance(ours, base) > 0.1, "the styles show"
+    assert torch.equal(ours, theirs), "the host's keyframes take the same road"
+    assert distance(ours - base, own) < 1e-4
+    forget()
 
 
 def test_the_positive_prompt_alone(pack, case):
