@@ -24,7 +24,7 @@ HERE = {
 
 def applies(marker: str, environment: Mapping[str, str] = HERE) -> bool:
     """Whether an environment marker of the form ``name == "value" and python_version < "3.14"`` holds."""
-    for name, operator, value in re.findall(r'(\w+) (==|<) "([^"]*)"', marker):
+    for name, operator, value in re.findall(r'\b(\w+) (==|<) "([^"]*)"', marker):
         if operator == "==" and environment[name] != value:
             return False
         if operator == "<" and not _version(environment[name]) < _version(value):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import folder_paths
 
 from ..kernels import CorruptFile, GraftError
-from ..ops.workflows.names import QUANTIZATION, base, slashes
+from ..ops.workflows.names import LONGEST, QUANTIZATION, base, slashes
 from . import hashes
 
 OFFERED = 4
@@ -151,5 +151,5 @@ def _folded(name: str) -> str:
 
 def _stem(name: str) -> str:
     """The model's name without folder, ending and quantization."""
-    stem, dot, _ = base(_folded(name)).rpartition(".")
+    stem, dot, _ = base(_folded(name))[-LONGEST:].rpartition(".")
     return QUANTIZATION.sub("", stem if dot else "")

@@ -128,7 +128,7 @@ class Architecture:
 
 
 def _architecture(name: str, marks: str, **patterns: str) -> Architecture:
-    rules = ((re.compile(pattern), Place[place]) for place, pattern in patterns.items())
+    rules = ((re.compile(rf"^(?:{pattern})$"), Place[place]) for place, pattern in patterns.items())
     return Architecture(name, tuple(marks.split()), tuple(rules))
 
 
@@ -213,7 +213,7 @@ def native(path: str) -> str:
 def place_of(architecture: Architecture, path: str) -> Place:
     """What the rows of the layer at `path` are."""
     plain = native(path)
-    return next((place for pattern, place in architecture.rules if pattern.fullmatch(plain)), Place.NOWHERE)
+    return next((place for pattern, place in architecture.rules if pattern.search(plain)), Place.NOWHERE)
 
 
 def on_tokens(mask: torch.Tensor, picture: Picture) -> torch.Tensor:

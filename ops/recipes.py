@@ -60,7 +60,7 @@ _KINDS = {
     ),
     "fused": re.compile(r"(?:attn_qkv|attn\.qkv|attention\.qkv|attn\.Wqkv)\.weight"),
     "down": re.compile(
-        r"ffn_down|experts\..*\.w2\.weight|\.ffn\.2\.weight|\.ff\.net\.2\.weight|\.mlp\.net\.2\.weight"
+        r"ffn_down|experts\.(?:(?!experts\.).)*\.w2\.weight|\.ffn\.2\.weight|\.ff\.net\.2\.weight|\.mlp\.net\.2\.weight"
         r"|\.mlp\.layer2\.weight|\.adaln_modulation_mlp\.2\.weight|\.feed_forward\.w2\.weight|(?:mlp|experts)\.down(?:_proj)?\.weight"
     ),
 }
@@ -84,8 +84,10 @@ KEPT: dict[str, str] = {
 """By architecture, what stays in floats: parts of names. It is what words, time and picture enter and leave by."""
 KEPT["sdxl"] = KEPT["sd1"]
 
-_IN_FLOATS_ANYWHERE = re.compile(r"norm[^.]*\.weight$|relative_attention_bias|attn_rel_b|position_embedding|pos_embed")
-_WITHIN_BLOCKS = re.compile(r"(?:block|layer|refiner|h|blk)s?\w*\.\d+\.")
+_IN_FLOATS_ANYWHERE = re.compile(
+    r"norm(?:(?!norm)[^.])*\.weight$|relative_attention_bias|attn_rel_b|position_embedding|pos_embed"
+)
+_WITHIN_BLOCKS = re.compile(r"(?:block|layer|refiner|h|blk)s?(?:(?!block|layer|refiner|h|blk)\w)*\.\d+\.")
 """Of an architecture that is not in the table, all that is outside of its blocks stays in floats."""
 
 _IN_F32 = re.compile(r"\.ff_i\.gate\.weight|img_emb\.emb_pos|pos_embedder|\.modulation$|scale_shift_table")

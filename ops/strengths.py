@@ -117,8 +117,8 @@ class Curve:
         return value + (target - value) * share
 
 
-_RULE = re.compile(r"([A-Za-z_*][\w.*]*)(?:\s+(\d+)(?:\s*-\s*(\d+))?)?\s*=\s*([-+]?\d*\.?\d+)")
-_BLOCK = re.compile(r"([A-Za-z_]+)\.(\d+)\.")
+_RULE = re.compile(r"(?<![\w.*])([A-Za-z_*][\w.*]*)(?:\s+(\d+)(?:\s*-\s*(\d+))?)?\s*=\s*([-+]?\d*\.?\d+)")
+_BLOCK = re.compile(r"(?<![A-Za-z_])([A-Za-z_]+)\.(\d+)\.")
 _ANY = 1 << 30
 """The last number of a rule that is for all blocks of its name."""
 

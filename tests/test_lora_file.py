@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import timeit
 from typing import Any
 
 import adapter_samples as samples
@@ -16,12 +14,9 @@ import pytest
 import torch
 from adapter_samples import Sampler
 from graft.kernels import AdapterError, by_name
-from graft.ops import layers, report
+from graft.ops import layers
 from graft.ops.adapters import DoRA, LoKr, LoRA, Padded, Patch, Region, from_host
 from graft.ops.factors import FactorCache
-from graft.ops.files import dialects, projectors, renaming, text_encoders, tokenizers
-from graft.ops.files import gguf as gguf_file
-from graft.ops.files import lora as lora_file
 from graft.ops.files.dialects import extra_dialects, from_llama_cpp
 from graft.ops.files.lora import load_adapters
 from graft.ops.files.lora_info import lora_info
@@ -496,60 +491,6 @@ def test_a_bias_of_lora_b_in_an_odd_dtype(written, dtype) -> None:
         assert torch.equal(next(p.adapter for p in fitted.placed if p.key == "img_in.bias").diff, torch.full((H,), 0.5))
     else:
         assert "without a scale" in fitted.rejected[NAME]
-
-
-def patterns() -> dict[str, re.Pattern[str]]:
-    """All expressions of the modules that read names out of files, as they hold them."""
-    found: dict[str, re.Pattern[str]] = {}
-
-    def collect(name: str, value: object) -> None:
-        if isinstance(value, re.Pattern):
-            found[name] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f"{name}[{key}]", inner)
-        elif isinstance(value, (tuple, list)):
-            for i, inner in enumerate(value):
-                collect(f"{name}[{i}]", inner)
-
-    for module in (report, dialects, lora_file, gguf_file, text_encoders, tokenizers, projectors, renaming):
-        for name, value in vars(module).items():
-            collect(f"{module.__name__}.{name}", value)
-    return found
-
-
-PATTERNS = patterns()
-
-
-def literals(pattern: str) -> set[str]:
-    """Pieces that match parts of an expression, as it spells them."""
-    plain = re.sub(r"\(\?(?:[:=!]|<[=!]|P<\w+>)|\[\._\]|\[\.\]|\\\.", lambda m: "." if "." in m[0] else "(", pattern)
-    pieces = {re.sub(r"\\d", "1", piece) for piece in re.split(r"[|()^$*+?{}\[\]\s]+", plain)}
-    return {piece for piece in pieces if 2 <= len(piece) <= 60} | {"1", ".1", ".a", "_", "a"}
-
-
-def slowest(pattern: re.Pattern[str], size: int) -> float:
-    """Seconds of the longest search in names of `size` characters that repeat pieces of the expression."""
-    worst = 0.0
-    for piece in sorted(literals(pattern.pattern)):
-        name = ("a" + piece * (size // len(piece)))[:size] + "!."
-        taken = min(timeit.repeat(lambda name=name: pattern.search(name), number=1, repeat=2))
-        worst = max(worst, taken)
-    return worst
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_no_name_takes_an_expression_more_than_linear_time(name: str) -> None:
-    """A name sixteen times as long takes sixteen times as long; 256 times, where it is quadratic."""
-    long = slowest(PATTERNS[name], 16_000)
-    # three microseconds a character are no square, which would be far more
-    assert long < 0.05 or long < 64 * slowest(PATTERNS[name], 1_000)
-
-
-def test_an_expression_that_is_quadratic_would_be_seen() -> None:
-    quadratic = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)*$")
-    long = slowest(quadratic, 16_000)
-    assert long > 64 * slowest(quadratic, 1_000)
 
 
 def test_a_reshape_on_a_slice_is_refused(written) -> None:

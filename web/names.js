@@ -10,6 +10,7 @@ const QUANTIZATION = new RegExp(TABLE.names.quantization, "g");
 const FILLERS = new RegExp(TABLE.names.fillers, "g"); // words that tell nothing apart
 /** Words that tell models of one family apart: two names have the same ones, or are of different models. */
 const KINDS = new Set(TABLE.names.kinds.split(" "));
+const LONGEST = TABLE.names.longest; // characters that a system lets a name have
 const NEAR = TABLE.names.near; // the least share of pairs of letters that two names have in common
 
 /** A name without what differs from one system to another. */
@@ -36,13 +37,13 @@ export function nearest(name, files, fits = isGGUF) {
 
 /** A name as its letters, its version, its size and the words that tell kinds apart. */
 function described(name) {
-  const words = fileOf(name).replace(ENDING, "").replace(/([a-z])([A-Z])/g, "$1_$2");
+  const words = fileOf(name).slice(-LONGEST).replace(ENDING, "").replace(/([a-z])([A-Z])/g, "$1_$2");
   const plain = words.toLowerCase().replace(QUANTIZATION, "").replace(FILLERS, "");
   const tokens = plain.split(/[^a-z0-9]+/).map((token) => token.replace(/^(high|low)noise$/, "$1"));
   const kinds = tokens.filter((token) => KINDS.has(token) || /^\d{4}$/.test(token));
   const unkind = tokens.filter((token) => !KINDS.has(token)).join("_");
   const [, version] = unkind.match(/[a-z]_?(\d+(?:_\d(?![a-z0-9]))*)/) ?? [];
-  const [, size] = plain.match(/(\d+(?:\.\d+)?)b(?![a-z0-9])/) ?? [];
+  const [, size] = plain.match(/(?<!\d)(\d+(?:\.\d+)?)b(?![a-z0-9])/) ?? [];
   return { letters: tokens.join(""), kinds: kinds.sort().join(), version, size };
 }
 

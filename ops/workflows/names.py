@@ -12,6 +12,9 @@ from .table import NAMES
 QUANTIZATION = re.compile(NAMES["quantization"])
 """What a name in small letters says of its file's type."""
 
+LONGEST = NAMES["longest"]
+"""Characters that a system lets a file's name have: a longer one, which a workflow may hold, names no file."""
+
 _FILLERS = re.compile(NAMES["fillers"])  # words that tell nothing apart
 # words that tell models of one family apart: two names have the same ones, or are of different models
 _KINDS = frozenset(NAMES["kinds"].split())
@@ -69,14 +72,14 @@ class _Described(NamedTuple):
 
 
 def _described(name: str) -> _Described:
-    words = re.sub(r"\.[a-z0-9]+$", "", base(name), flags=re.IGNORECASE)
+    words = re.sub(r"\.[a-z0-9]+$", "", base(name)[-LONGEST:], flags=re.IGNORECASE)
     words = re.sub(r"([a-z])([A-Z])", r"\1_\2", words)
     plain = _FILLERS.sub("", QUANTIZATION.sub("", words.lower()))
     tokens = [re.sub(r"^(high|low)noise$", r"\1", token) for token in re.split(r"[^a-z0-9]+", plain)]
     kinds = sorted(token for token in tokens if token in _KINDS or re.fullmatch(r"[0-9]{4}", token))
     unkind = "_".join(token for token in tokens if token not in _KINDS)
     version = re.search(r"[a-z]_?([0-9]+(?:_[0-9](?![a-z0-9]))*)", unkind)
-    size = re.search(r"([0-9]+(?:\.[0-9]+)?)b(?![a-z0-9])", plain)
+    size = re.search(r"(?<![0-9])([0-9]+(?:\.[0-9]+)?)b(?![a-z0-9])", plain)
     return _Described("".join(tokens), tuple(kinds), version and version[1], size and size[1])
 
 
