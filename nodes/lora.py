@@ -17,7 +17,7 @@ from ..kernels import AdapterError
 from ..ops.files.lora import AdapterFile, load_adapters
 from ..ops.files.lora_info import trigger_words
 from ..ops.report import FileReport, place_of, way_of
-from ..ops.strengths import Strength
+from ..ops.strengths import Number, Strength
 from . import node
 from .lora_names import LoadedFile
 from .model_files import OFFERED, Found, find, listed
@@ -145,17 +145,9 @@ class Row(NamedTuple):
     def incoming(self) -> bool:
         return self.place == STACK_INPUT
 
-    def sent(self) -> _Sent:
-        """As it stands in a LORA_STACK."""
-        sent = _Sent((self.name, self.strength, self.strength_clip))
-        sent.when = self.when
-        return sent
-
-
-class _Sent(tuple):
-    """``(file, model strength, clip strength)`` as all packs know it; where and when, we alone read."""
-
-    when: Strength | None = None
+    def sent(self) -> tuple[str, float, float]:
+        """As it stands in a LORA_STACK: ``(file, model strength, clip strength)``, as all packs know it."""
+        return self.name, Number(self.strength, self.when), self.strength_clip
 
 
 class _Stacked:
@@ -324,7 +316,7 @@ def _stacked_rows(inputs: dict[str, Any]) -> list[Row]:
     """What came in; some packs leave the clip strength out, others keep empty rows."""
     rows = [row for row in inputs.get(STACK_INPUT) or () if row[0] and row[0] != NONE]
     return [
-        Row(name, float(strength), float(strength_clip), STACK_INPUT, getattr(row, "when", None))
+        Row(name, float(strength), float(strength_clip), STACK_INPUT, getattr(strength, "when", None))
         for row in rows
         for name, strength, strength_clip in [(*row, row[1])[:3]]
     ]

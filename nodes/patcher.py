@@ -42,7 +42,7 @@ from ..ops.packed import PackedTensor
 from ..ops.places import Architecture, architecture_of
 from ..ops.report import examples
 from ..ops.residual import ResidualStack, unfit
-from ..ops.strengths import Call, Strength
+from ..ops.strengths import Call, Number, Strength
 from ..ops.training import Training
 from .calls import calc_cond_batch_told, call_of
 from .ops import HostLayer, plain_key
@@ -214,13 +214,17 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         """Take patches of packed layers as residuals, and hand the host the others.
 
         Args:
-            when: where and when `strength_patch` counts, which no host's own patches can have.
+            when: where and when `strength_patch` counts, which no host's own patches can have; other packs' loaders
+                hand it on in the number (`Number`).
             source: the file that they come from, for reports.
 
         Returns:
             the keys that were taken, as the host's own method does; what it misses, nodes report.
         """
         self.rejected |= getattr(patches, "rejected", {})
+        if when is None and isinstance(strength_patch, Number) and hasattr(self.model, "diffusion_model"):
+            when = strength_patch.when
+        strength_patch = float(strength_patch)
         ours, theirs = self._sort(patches)
         if when is not None and theirs:
             why = "ComfyUI patches it, with one strength for all of the picture"

@@ -320,6 +320,25 @@ class Strength:
         return {"off": 0.0, "full": 1.0}[self.elsewhere] if self.elsewhere != "mean" else self._mean
 
 
+class Number(float):
+    """A constant strength that brings along where and when it counts.
+
+    For whoever knows nothing of it, it is the number. Stackers and loaders of other packs hand strengths on as they
+    are, so that it comes to `add_patches` of a model of ours by any of them.
+
+    Attributes:
+        when: None is everywhere and always.
+    """
+
+    when: Strength | None
+
+    def __new__(cls, value: float, when: Strength | None = None) -> Number:
+        number = super().__new__(cls, value)
+        number.when = when
+        return number
+
+
+
 _numbers = itertools.count()
 _known: weakref.WeakValueDictionary[int, RowStrengths] = weakref.WeakValueDictionary()
 """By the number that stands for them in a traced graph, where a new one is another input and no other graph."""

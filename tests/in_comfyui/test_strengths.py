@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import comfy.hooks
 import comfy.lora
+import comfy.sd
 import nodes
 import pytest
 import torch
@@ -19,7 +21,7 @@ from conftest import ROOT
 from generation import both_models, dense_model, distance, forget, sample
 from graft.demo import pictures
 from loras import make_lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sweep import known_classes, lora_for, output_of, sizes_of, write_tiny
 from tiny_models import MODELS
 
@@ -359,8 +361,6 @@ def test_a_picture_that_another_node_cuts_is_refused(pack, case):
 
 
 def test_the_nodes(pack, case, tmp_path):
-    from safetensors.torch import save_file
-
     architecture, graft, dense, files = case
     strengths, lora = pack("nodes.strengths"), pack("nodes.lora")
     path = tmp_path / "style.safetensors"
@@ -381,13 +381,19 @@ def test_the_nodes(pack, case, tmp_path):
         stack, rows = lora.GraftLoraStack(), {"lora_2": "style.safetensors", "strength_2": 0.8, "when_2": linked}
         stacked, sent, report, *_ = stack.apply(graft, **rows)["result"]
         sent_on = stack.apply(graft, lora_stack=sent)["result"]
+        # as stackers of other packs do, which put rows of their own beside them
+        made_anew = stack.apply(graft, lora_stack=[(name, on_model, clip) for name, on_model, clip in sent])["result"]
         with pytest.raises(Exception, match="need a model from Load Diffusion Model"):
             stack.apply(dense, **rows)
     picture = sample(wanted, architecture, steps=2)
     assert torch.equal(sample(alone[0], architecture, steps=2), picture)
     assert "style.safetensors ×0.80" in alone[1]
     assert sent == [("style.safetensors", 0.8, 0.8)] and str(linked) == str(made) and str(made) in report
-    for model in (stacked, sent_on[0]):
+    # and as loaders of other packs do, which know nothing of it
+    _, strength, _ = sent[0]
+    loaded = comfy.sd.load_lora_for_models(graft, None, dict(files[0]), strength, 0.0)[0]
+    assert copy.deepcopy(strength).when is not None
+    for model in (stacked, sent_on[0], made_anew[0], loaded):
         patches = [patch for found in model.residuals.patches.values() for patch in found]
         assert patches and all(patch.when is linked and patch.strength == 0.8 for patch in patches)
     with pytest.raises(Exception, match=r"cannot be read \(2: 1\): write it like"):
