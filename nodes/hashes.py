@@ -115,8 +115,11 @@ class Library:
         known = Known(*before, digest, url_of(path))
         self._known = {**_read(self._place), **self._known, path: known}  # another process may have read others
         self.version += 1
-        _write(self._place, self._known)
         self._tell(path, known)
+        try:
+            _write(self._place, self._known)
+        except OSError as error:  # it is known for as long as this process runs
+            log.warning("SHA-256 of model files cannot be kept in %s: %s", self._place, error.strerror)
 
     def _wait(self) -> None:
         while self._is_busy():
@@ -143,8 +146,11 @@ def _read(place: Path) -> dict[str, Known]:
 def _write(place: Path, known: Mapping[str, Known]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps({path: vars(entry) for path, entry in known.items()}), encoding="utf-8")
-    os.replace(beside, place)
+    try:
+        beside.write_text(json.dumps({path: vars(entry) for path, entry in known.items()}), encoding="utf-8")
+        os.replace(beside, place)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 _library: Library | None = None

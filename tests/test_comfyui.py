@@ -34,7 +34,9 @@ def hosts_of(suite: str) -> list[Host]:
     if suite == DYNAMIC:
         able = [host for host in HOSTS if host.has_dynamic_vram]
         return able if EVERYTHING else able[-1:]
-    if suite in ("test_adapter_models", "test_generate", "test_compile", "test_churn") and not EVERYTHING:
+    if suite == "test_churn" and not EVERYTHING:
+        return HOSTS[-2:]
+    if suite in ("test_adapter_models", "test_generate", "test_compile") and not EVERYTHING:
         return [host for host in HOSTS if host in (HOSTS[0], HOSTS[-1])]
     return HOSTS
 

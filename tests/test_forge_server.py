@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import chromium
 from forge import EACH, chosen, named
 from forge_churn import Churn, told
 from forge_toys import DIALECTS, TYPES, Server, serving
+from gguf_samples import write_gguf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.host
 
@@ -309,6 +312,34 @@ def test_the_tab_in_a_browser(server: Server, page: Any) -> None:
     screenshot = server.folder / "tab.png"
     page.locator("#tab_graft").screenshot(path=str(screenshot))
     assert screenshot.stat().st_size > 50_000
+
+
+HOSTILE = "<img src=x onerror=window.ran=1>"
+
+
+def test_names_and_texts_from_files_are_shown_as_text(server: Server, page: Any) -> None:
+    """Of a LoRA and of a model: the file's name, the names of its tensors, its metadata; and in a prompt."""
+    sound = next(server.folder.rglob("sliced.safetensors"))
+    lora = load_file(sound) | {f"{HOSTILE}.lora_{side}.weight": torch.ones(4, 4) for side in ("up", "down")}
+    names = [f"lora{HOSTILE}.safetensors", f"model{HOSTILE}.gguf"]
+    told = {"ss_network_module": HOSTILE, "modelspec.title": HOSTILE, "modelspec.trigger_phrase": HOSTILE}
+    save_file(lora, sound.parent / names[0], told)
+    model = next(server.folder.rglob("toy-Q4_K.gguf")).parent / names[1]
+    metadata = {"general.name": HOSTILE, "general.author": HOSTILE}
+    write_gguf(model, {f"{HOSTILE}.weight": (np.ones((4, 32), np.float32), "F32")}, HOSTILE, metadata=metadata)
+    try:
+        page.click("#graft_files")
+        for name in names:
+            page.fill("#graft_file input", name)
+            page.get_by_role("option", name=name).click()
+            page.locator("#graft_contents").get_by_text(HOSTILE).first.wait_for()
+        server.image("Q4_K", 'a toy <lora:sliced:1:region="onerror=window.ran=1&lt;img src=x>')
+        page.click("#graft_refresh")
+        page.locator("#graft_loaded").get_by_text("sliced ×1").wait_for()
+        assert page.evaluate("[window.ran, document.querySelectorAll('img[src=x]').length]") == [None, 0]
+    finally:
+        (sound.parent / names[0]).unlink()
+        model.unlink()
 
 
 def test_presets_change_nothing_of_ours(server: Server, page: Any) -> None:

@@ -241,7 +241,8 @@ def test_scales_are_kept_with_the_layer_and_no_part_of_its_state():
     assert torch.equal(layer(many), y) and torch.equal(layer.weight, before)
     layer.load_weight(gaussian(256, 256))
     assert layer.int8_scales is None
-    torch.testing.assert_close(layer(many), F.linear(many, layer.weight))
+    # another order of 256 additions, each of which rounds by 2^-24 of what there is
+    assert error(layer(many), F.linear(many, layer.weight)) < 256 * 2**-24
 
 
 @needs_int8

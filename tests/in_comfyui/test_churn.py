@@ -39,7 +39,8 @@ CHECK_BYTES_EVERY = 20
 STRENGTHS = (0.5, 1.0, -0.75)
 MOST_BRANCHES = 8
 
-Recipe = tuple[tuple[int, float], ...]
+Recipe = tuple[tuple[int, float, str], ...]
+"""Of LoRAs the number, the strength, and where and when it counts."""
 
 
 @dataclass
@@ -48,17 +49,18 @@ class Subject:
 
     Attributes:
         load: a MODEL or CLIP of it.
-        put: a branch with a LoRA's tensors at a strength.
+        put: a branch with a LoRA's tensors at a strength, in a place of `wheres`.
         run: what a branch makes, optionally with a LoRA on a hook.
         loras: the tensors of some LoRAs.
     """
 
     name: str
     load: Callable[[], Any]
-    put: Callable[[Any, dict, float], Any]
+    put: Callable[[Any, dict, float, str], Any]
     run: Callable[[Any, dict | None], torch.Tensor]
     loras: list[dict[str, torch.Tensor]]
     nbytes: int
+    wheres: tuple[str, ...] = ("",)
     held: Any = None
     fingerprint: str = ""
 
@@ -131,18 +133,19 @@ class Churn:
     def lora(self) -> None:
         branch = self.any_branch()
         if len(branch.recipe) < 2:
-            number, strength = self.rng.randrange(len(branch.subject.loras)), self.rng.choice(STRENGTHS)
-            held = branch.subject.put(branch.held, branch.subject.loras[number], strength)
-            self.keep(Branch(branch.subject, held, (*branch.recipe, (number, strength))))
+            subject, number = branch.subject, self.rng.randrange(len(branch.subject.loras))
+            row = (number, self.rng.choice(STRENGTHS), self.rng.choice(subject.wheres))
+            held = subject.put(branch.held, subject.loras[number], *row[1:])
+            self.keep(Branch(subject, held, (*branch.recipe, row)))
             self.same(self.branches[-1])
 
     def strength(self) -> None:
         """As a node that is run again with another one: from the model, through every row."""
         branch = self.any_branch()
         held, recipe = branch.subject.held, []
-        for number, _ in branch.recipe:
-            recipe.append((number, self.rng.choice(STRENGTHS)))
-            held = branch.subject.put(held, branch.subject.loras[number], recipe[-1][1])
+        for number, *_ in branch.recipe:
+            recipe.append((number, self.rng.choice(STRENGTHS), self.rng.choice(branch.subject.wheres)))
+            held = branch.subject.put(held, branch.subject.loras[number], *recipe[-1][1:])
         self.keep(Branch(branch.subject, held, tuple(recipe)))
         self.same(self.branches[-1])
 
@@ -178,8 +181,12 @@ class Churn:
         branch = self.any_branch()
         key = self.rng.choice([f"{path}.weight" for path in branch.patcher.graft.layers])
         layer = branch.patcher.graft.layer_of(key)
-        merged = branch.patcher.merged(key, layer)
-        patched = bool(branch.patcher.residuals.patches.get(key))
+        patched = branch.patcher.residuals.patches.get(key, ())
+        if any(patch.when is not None for patch in patched):
+            with pytest.raises(Exception, match="cannot be merged or saved in a model"):
+                branch.patcher.merged(key, layer)
+            return
+        merged, patched = branch.patcher.merged(key, layer), bool(patched)
         assert torch.equal(merged, layer.dequantized()) is not patched
         assert key in branch.patcher.get_key_patches()
 
@@ -238,6 +245,20 @@ def diffusion(pack: Any, name: str, type_name: str, folder: Path) -> Subject:
         with_magnitudes(make_lora(dense.model, shapes, "native", within[:1], rank=4, seed=3)),
     ]
 
+    strengths = pack("ops.strengths")
+    left = torch.zeros(1, 8, 8)
+    left[:, :, :4] = 1
+    places = {
+        "left": {"mask": left},
+        "early": {"curve": strengths.Curve(((0.0, 0.5, "hold"), (0.5, 0.0, "hold")))},
+        "left, of the positive prompt": {"mask": left, "applies_to": "positive"},
+    }
+
+    def put(model: Any, lora: dict, strength: float, where: str) -> Any:
+        # made anew, as nodes make it: one keeps its masks in the sizes that it was asked for
+        when = strengths.Strength(**places[where]) if where else None
+        return with_lora(model, lora, strengths.Number(strength, when))
+
     def run(model: Any, lora: dict | None) -> torch.Tensor:
         positive = architecture.conditioning(1)
         if lora is not None:
@@ -250,7 +271,7 @@ def diffusion(pack: Any, name: str, type_name: str, folder: Path) -> Subject:
     def load() -> Any:
         return pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
 
-    return Subject(name, load, with_lora, run, loras, path.stat().st_size)
+    return Subject(name, load, put, run, loras, path.stat().st_size, ("", "", *places))
 
 
 def with_magnitudes(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -282,7 +303,7 @@ def text_encoder(pack: Any, folder: Path) -> Subject:
         (clip,) = SetClipHooks().apply_hooks(clip, True, False, hooks)
         return clip.encode_from_tokens_scheduled(tokens)[0][0]
 
-    def put(clip: Any, lora: dict, strength: float) -> Any:
+    def put(clip: Any, lora: dict, strength: float, where: str) -> Any:
         return comfy.sd.load_lora_for_models(None, clip, lora, 0, strength)[1]
 
     def load() -> Any:
@@ -352,8 +373,8 @@ def test_nothing_leaks_and_nothing_is_damaged(churn):
     for (name, recipe, hook), wanted in churn.results.items():
         subject = next(subject for subject in churn.subjects if subject.name == name)
         held = subject.held
-        for number, strength in recipe:
-            held = subject.put(held, subject.loras[number], strength)
+        for number, *row in recipe:
+            held = subject.put(held, subject.loras[number], *row)
         assert churn.result(Branch(subject, held, recipe), hook) == wanted, f"{name} {recipe} {hook} on a fresh model"
 
 

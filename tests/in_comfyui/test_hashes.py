@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -95,6 +96,35 @@ def test_a_file_is_read_once_and_again_when_it_changes(read, files, pack):
     assert json.loads(json.dumps(pack("nodes.hashes").shown()))["diffusion_models"].keys() == {
         os.path.join("sub", "one.gguf"), "two.gguf",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["no folder", "full disk"])
+def test_where_nothing_can_be_kept_files_are_known_all_the_same(read, files, monkeypatch, caplog, full):
+    one, place = files / "sub" / "one.gguf", read.library._place
+    if full:
+
+        def write_text(path: Path, text: str, **options: Any) -> None:
+            with open(path, "w") as file:
+                file.write(text[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", write_text)
+    else:
+        place.parent.write_text("a file in the folder's place")
+    read.library._look_at(str(one))
+    assert read.paths == [str(one)] and read.library.known(str(one)).sha256 == digest(one)
+    assert f"SHA-256 of model files cannot be kept in {place}: " in caplog.text
+    assert not place.exists() and not list(place.parent.parent.rglob("*.tmp"))
+
+
+def test_two_processes_keep_what_both_have_read(read, files, pack):
+    one, two, place = files / "sub" / "one.gguf", files / "two.gguf", read.library._place
+    # the other has begun before this one has read anything
+    other = pack("nodes.hashes").Library(place, lambda: False, lambda path, known: None)
+    read.library._look_at(str(one))
+    other._look_at(str(two))
+    kept = pack("nodes.hashes").Library(place, lambda: False, lambda path, known: None)
+    assert {path for path, _ in kept.items()} == {str(one), str(two)} and not list(place.parent.glob("*.tmp"))
 
 
 def test_nothing_is_read_while_prompts_run(read, files, pack, monkeypatch):
