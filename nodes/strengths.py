@@ -10,7 +10,7 @@ import torch
 
 from ..kernels import AdapterError
 from ..ops.regions import SPLITS, regions
-from ..ops.strengths import APPLIES_TO, ELSEWHERE, Blocks, Curve, Strength
+from ..ops.strengths import APPLIES_TO, ELSEWHERE, PRESETS, Blocks, Curve, Strength
 from . import node
 from .lora import HOME, WHEN, LoraFiles, apply_lora, lora_file, lora_files
 from .patcher import GraftPatcher
@@ -18,12 +18,14 @@ from .patcher import GraftPatcher
 log = logging.getLogger(__name__)
 
 COURSES = ("constant", "fade in", "fade out", "rise and fall")
+EVERYTHING = "all of the model"
 REGIONS = 4
 
 
 def strength_of(
     mask: torch.Tensor | None = None, start: float = 0.0, end: float = 1.0, course: str = COURSES[0],
-    keyframes: str = "", applies_to: str = "all", blocks: str = "", outside: str = "off", **_: Any,
+    keyframes: str = "", applies_to: str = "all", blocks: str = "", outside: str = "off", only: str = EVERYTHING,
+    **_: Any,
 ) -> Strength:  # fmt: skip
     """What the inputs of the nodes say.
 
@@ -31,7 +33,8 @@ def strength_of(
         AdapterError: a text of theirs cannot be read.
     """
     curve = _keyframes(keyframes) or _course(course, start, end)
-    return Strength(curve, _as_mask(mask), applies_to, Blocks.parse(blocks), outside)
+    rules = blocks if only == EVERYTHING else f"{blocks}, {only}"
+    return Strength(curve, _as_mask(mask), applies_to, Blocks.parse(rules), outside)
 
 
 def _course(course: str, start: float, end: float) -> Curve | None:
@@ -110,6 +113,14 @@ WHERE_AND_WHEN = {
             "default": "off",
             "tooltip": "With a mask: how strong the LoRA is on what has no place in the picture, such as the words. "
             "off keeps regions apart best.",
+        },
+    ),
+    "only": (
+        [EVERYTHING, *PRESETS],
+        {
+            "default": EVERYTHING,
+            "tooltip": "Use the LoRA in one part of the model only. content and style are for SDXL; in, middle and out "
+            "for SD1.5 and SDXL; double and single for Flux and its like. Rules in blocks come first.",
         },
     ),
 }

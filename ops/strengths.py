@@ -15,7 +15,7 @@ import re
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -122,59 +122,104 @@ _BLOCK = re.compile(r"(?<![A-Za-z_])([A-Za-z_]+)\.(\d+)\.")
 _ANY = 1 << 30
 """The last number of a rule that is for all blocks of its name."""
 
+PRESETS = {
+    "attention": "attn = 1, attention = 1, linear1 = 1, linear2 = 1, * = 0",
+    "feed-forward": "ff = 1, mlp = 1, feed_forward = 1, linear1 = 1, linear2 = 1, * = 0",
+    "double": "double_blocks = 1, * = 0",
+    "single": "single_blocks = 1, * = 0",
+    "in": "input_blocks = 1, * = 0",
+    "middle": "middle_block = 1, * = 0",
+    "out": "output_blocks = 1, * = 0",
+    "content": "output_blocks 0 = 1, * = 0",
+    "style": "output_blocks 1 = 1, * = 0",
+}
+"""Weights of blocks with a name, each for one part of a model alone. A single block of Flux has attention and
+feed-forward in one layer: it belongs to both. `in`, `middle` and `out` are the parts of a UNet; `content` and `style`
+are SDXL's blocks for what is in the picture and for how it looks, after B-LoRA (Frenkel et al., arXiv 2403.14572)."""
+
+
+class Rule(NamedTuple):
+    """A weight for blocks.
+
+    Attributes:
+        name: the beginning of a block's name, or of a part of a layer's; ``*`` is everything.
+        first: of the blocks of that name, by number.
+        last: `_ANY` if it is for all of them.
+        weight: what the strength is multiplied with.
+        preset: the one that it belongs to.
+    """
+
+    name: str
+    first: int
+    last: int
+    weight: float
+    preset: str = ""
+
+    def fits(self, path: str) -> bool:
+        """Whether a layer is one of those that the rule is about."""
+        plain = native(path)
+        if self.last != _ANY:
+            block = _BLOCK.search(plain + ".")
+            if block is None or not self.first <= int(block[2]) <= self.last:
+                return False
+        return self.name == "*" or any(f"{mark}{self.name}" in f"{mark}{plain}" for mark in "._")
+
+    def __str__(self) -> str:
+        return self.preset or (self.name if self.last == _ANY else f"{self.name} {self.first}-{self.last}")
+
 
 @dataclass(frozen=True)
 class Blocks:
     """A weight for each block of a model.
 
     Attributes:
-        rules: ``(name, first, last, weight)``; the first that fits a layer counts, and 1 where none does.
+        rules: the first that fits a layer counts, and 1 where none does.
     """
 
-    rules: tuple[tuple[str, int, int, float], ...]
+    rules: tuple[Rule, ...]
 
     @classmethod
     def parse(cls, text: str) -> Blocks | None:
         """From ``double 0-9 = 0.5, single = 0, * = 1``: the beginning of a block's name or a part of a layer's, numbers
-        if need be, a weight. None if there is nothing in it.
+        if need be, a weight. A preset stands for its rules. None if there is nothing in it.
 
         Raises:
             AdapterError: a rule cannot be read.
         """
-        rules = []
+        rules: list[Rule] = []
         for part in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
+            preset = part.lower()
+            if preset in PRESETS:
+                named = cls.parse(PRESETS[preset])
+                assert named is not None
+                rules += (rule._replace(preset=preset) for rule in named.rules)
+                continue
             found = _RULE.fullmatch(part)
             if found is None:
                 raise AdapterError(
                     f"a rule for blocks cannot be read ({part[:60]}): write it like double 0-9 = 0.5, "
-                    "and a comma between two"
+                    f"and a comma between two, or take one of {', '.join(PRESETS)}"
                 )
             name, first, last, weight = found.groups()
             low = 0 if first is None else int(first)
             high = _ANY if first is None else low if last is None else int(last)
             if high < low:
                 raise AdapterError(f"a rule for blocks counts down ({part[:60]}): write the smaller number first")
-            rules.append((name, low, high, float(weight)))
+            rules.append(Rule(name, low, high, float(weight)))
         return cls(tuple(rules)) if rules else None
 
     def __call__(self, path: str) -> float:
-        fitting = (weight for name, first, last, weight in self.rules if _is_in(path, name, first, last))
-        return next(fitting, 1.0)
+        return next((rule.weight for rule in self.rules if rule.fits(path)), 1.0)
 
     def unused(self, paths: Collection[str]) -> list[str]:
-        """Rules that fit none of these layers, as a misspelt one, or one for another model: ``double 0-9``."""
-        unused = [rule for rule in self.rules if not any(_is_in(path, *rule[:3]) for path in paths)]
-        return [name if high == _ANY else f"{name} {low}-{high}" for name, low, high, _ in unused]
+        """Rules that fit none of these layers, as a misspelt one, or one for another model: ``double 0-9``.
 
-
-def _is_in(path: str, name: str, first: int, last: int) -> bool:
-    """Whether a layer is one of those that a rule is about."""
-    plain = native(path)
-    if last != _ANY:
-        block = _BLOCK.search(plain + ".")
-        if block is None or not first <= int(block[2]) <= last:
-            return False
-    return name == "*" or plain.startswith(name) or f".{name}" in f".{plain}" or f"_{name}" in plain
+        Of a preset it is enough that one besides its rest fits.
+        """
+        used = [rule.name != "*" and any(map(rule.fits, paths)) for rule in self.rules]
+        presets = {rule.preset for rule, fits in zip(self.rules, used, strict=True) if fits}
+        unused = (r for r, fits in zip(self.rules, used, strict=True) if not fits and (r.preset or r.name != "*"))
+        return list(dict.fromkeys(str(rule) for rule in unused if not rule.preset or rule.preset not in presets))
 
 
 @dataclass(frozen=True, eq=False)

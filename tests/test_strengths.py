@@ -24,7 +24,7 @@ from graft.ops.places import (
 )
 from graft.ops.regions import regions
 from graft.ops.residual import ResidualStack
-from graft.ops.strengths import Blocks, Call, Curve, Strength
+from graft.ops.strengths import PRESETS, Blocks, Call, Curve, Strength
 
 one_thread = pytest.fixture(autouse=True)(samples.one_thread)
 
@@ -255,7 +255,7 @@ def test_blocks() -> None:
         assert weights(path) == weight, path
     assert Blocks.parse("blocks 0 = 0")("img_in") == 1.0
     assert Blocks.parse(" \n") is None
-    for wrong in ("double", "double 0-9", "= 1", "double 0-9 = x"):
+    for wrong in ("doubles", "double 0-9", "= 1", "double 0-9 = x"):
         with pytest.raises(AdapterError, match="cannot be read"):
             Blocks.parse(wrong)
     with pytest.raises(AdapterError, match="counts down"):
@@ -268,6 +268,39 @@ def test_rules_for_blocks_that_the_model_does_not_have() -> None:
     weights = Blocks.parse(text)
     layers = [f"diffusion_model.double_blocks.{number}.img_attn.qkv" for number in range(19)]
     assert weights.unused(layers) == ["doubel", "double 19-30", "single"]
+
+
+LAYERS = {
+    "flux": ("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0", "single_blocks.0.linear1", "img_in"),
+    "sdxl": (
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.ff.net.2",
+        "output_blocks.0.1.transformer_blocks.0.attn2.to_k", "output_blocks.1.0.in_layers.2", "time_embed.0",
+    ),
+}  # fmt: skip
+
+
+KEPT = [
+    ("flux", "attention", "1010"), ("flux", "feed-forward", "0110"), ("flux", "double", "1100"),
+    ("flux", "single", "0010"), ("sdxl", "attention", "10100"), ("sdxl", "feed-forward", "01000"),
+    ("sdxl", "in", "10000"), ("sdxl", "middle", "01000"), ("sdxl", "out", "00110"), ("sdxl", "content", "00100"),
+    ("sdxl", "style", "00010"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "preset", "kept"), KEPT)
+def test_presets_of_blocks(model: str, preset: str, kept: str) -> None:
+    weights = Blocks.parse(preset)
+    assert [weights(path) for path in LAYERS[model]] == [float(digit) for digit in kept]
+    assert weights.unused(LAYERS[model]) == []
+
+
+def test_presets_beside_rules() -> None:
+    """Those in front count first; one of another model is said by its name, once."""
+    weights = Blocks.parse("middle_block = 0.5, Style")
+    assert [weights(path) for path in LAYERS["sdxl"]] == [0, 0.5, 0, 1, 0]
+    assert weights.unused(LAYERS["flux"]) == ["middle_block", "style"]
+    assert Blocks.parse("feed-forward").unused(["input_blocks.0"]) == ["feed-forward"]
+    assert {preset for _, preset, _ in KEPT} == set(PRESETS)
 
 
 def test_rectangles_with_nothing_in_them() -> None:
