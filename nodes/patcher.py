@@ -75,6 +75,7 @@ class Graft:
         summary: one line on the file, for reports.
         notes: what the files say of themselves, beginnings of their texts.
         files: those that are mapped, to see before a run whether one was written to.
+        network: the class of the diffusion model.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class Graft:
         sources = {name: layer.weight.data for name, layer in layers.items() if layer.weight is not None}
         # not the files themselves, whose maps would stay for tensors that nobody needs
         notes = {key: text for file in files for key, text in _notes(file).items()}
+        self.network = type(getattr(model, "diffusion_model", model))
         self._own(layers, sources, summary, [file.mapped for file in files if file.mapped is not None], notes)
 
     def __deepcopy__(self, memo: dict) -> Graft:
         """That of a copy of the model: with its layers and the same file, and no factors yet."""
         copied = memo[id(self)] = Graft.__new__(Graft)
+        copied.network = self.network
         copied._own(copy.deepcopy(self.layers, memo), self.sources, self.summary, self.files, self.notes)
         return copied
 
@@ -111,7 +114,7 @@ class Graft:
     def architecture(self) -> Architecture | None:
         """Where the model's tokens are, if that is known."""
         try:
-            return architecture_of(self.layers)
+            return architecture_of(self.layers, self.network)
         except AdapterError:
             return None
 
@@ -272,7 +275,7 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         when: Strength | None = None, source: str = "",
     ) -> list:  # fmt: skip
         if when is not None and when.mask is not None:
-            architecture_of(self.graft.layers)  # or the mask is refused now, and not while sampling
+            architecture_of(self.graft.layers, self.graft.network)  # or the mask is refused now, and not while sampling
         taken: list = []
         rejected: dict[str, str] = {}
         for key, value in patches.items():

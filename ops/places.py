@@ -7,6 +7,7 @@ words first or last in a joint stream, references behind the picture, padding up
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -120,25 +121,33 @@ class Architecture:
         name: as people call it.
         marks: layers by which it is known; all of them are there.
         rules: ``(pattern, place)``; the first pattern that a layer's whole path fits counts, else it is nowhere.
+        code: what stands in the code of its class, where hosts of different ages join words and picture in another
+            order; "" where all do the same.
     """
 
     name: str
     marks: tuple[str, ...]
     rules: tuple[tuple[re.Pattern[str], Place], ...]
+    code: str = ""
 
 
-def _architecture(name: str, marks: str, **patterns: str) -> Architecture:
+def _architecture(name: str, marks: str, code: str = "", **patterns: str) -> Architecture:
     rules = ((re.compile(rf"^(?:{pattern})$"), Place[place]) for place, pattern in patterns.items())
-    return Architecture(name, tuple(marks.split()), tuple(rules))
+    return Architecture(name, tuple(marks.split()), tuple(rules), code)
 
 
 _STREAMS = {
     "PICTURE": r"double_blocks\.\d+\.img_(?:attn|mlp)\..+|img_in(?:\.proj)?|final_layer\.linear",
     "WORDS": r"double_blocks\.\d+\.txt_(?:attn|mlp)\..+|txt_in(?:\..+)?",
 }
+_HUNYUAN_VIDEO = "double_blocks.0.img_attn.qkv txt_in.individual_token_refiner.blocks.0.self_attn.qkv"
 ARCHITECTURES = (
     _architecture(
-        "HunyuanVideo", "double_blocks.0.img_attn.qkv txt_in.individual_token_refiner.blocks.0.self_attn.qkv",
+        "HunyuanVideo", _HUNYUAN_VIDEO, "torch.cat((txt, img), 1)",  # since it also runs version 1.5
+        **_STREAMS, WORDS_PICTURE=r"single_blocks\.\d+\.linear[12]",
+    ),
+    _architecture(
+        "HunyuanVideo", _HUNYUAN_VIDEO, "torch.cat((img, txt), 1)",
         **_STREAMS, PICTURE_WORDS=r"single_blocks\.\d+\.linear[12]",
     ),
     _architecture(
@@ -187,14 +196,18 @@ ARCHITECTURES = (
 """The more particular before the more general."""
 
 
-def architecture_of(layers: Collection[str]) -> Architecture:
+def architecture_of(layers: Collection[str], network: type | None = None) -> Architecture:
     """The architecture that these layers are of, by path, with or without ``diffusion_model.`` in front.
+
+    Args:
+        network: the class of the model, whose code is read where that tells hosts apart.
 
     Raises:
         AdapterError: nobody has written down where its tokens are.
     """
     paths = {native(path) for path in layers}
-    found = next((a for a in ARCHITECTURES if all(mark in paths for mark in a.marks)), None)
+    alike = (a for a in ARCHITECTURES if all(mark in paths for mark in a.marks))
+    found = next((a for a in alike if a.code in _code_of(network)), None)
     if found is None:
         known = ", ".join(dict.fromkeys(a.name for a in ARCHITECTURES))
         raise AdapterError(
@@ -202,6 +215,15 @@ def architecture_of(layers: Collection[str]) -> Architecture:
             f"(masks work on {known})"
         )
     return found
+
+
+@functools.cache
+def _code_of(network: type | None) -> str:
+    """"" where there is none to be had: then no architecture is told by it."""
+    try:
+        return "" if network is None else inspect.getsource(network)
+    except (OSError, TypeError):
+        return ""
 
 
 def native(path: str) -> str:

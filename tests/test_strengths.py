@@ -385,10 +385,33 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_path_tells_where_its_rows_are(name: str) -> None:
-    found = architecture_of([f"diffusion_model.{path}" for a in ARCHITECTURES if a.name == name for path in a.marks])
+    marks = [f"diffusion_model.{path}" for a in ARCHITECTURES if a.name == name for path in a.marks]
+    found = architecture_of(marks, PictureFirst)
     assert found.name == name
     for path, place in PLACES[name].items():
         assert place_of(found, f"diffusion_model.{path}") is place, path
+
+
+class PictureFirst:
+    """As ComfyUI ran HunyuanVideo at first."""
+
+    def forward(self, img: torch.Tensor, txt: torch.Tensor) -> torch.Tensor:
+        return torch.cat((img, txt), 1)
+
+
+class WordsFirst:
+    def forward(self, img: torch.Tensor, txt: torch.Tensor) -> torch.Tensor:
+        return torch.cat((txt, img), 1)
+
+
+def test_hosts_of_different_ages_join_words_and_picture_in_another_order() -> None:
+    """Which, the model's code says; where it says neither, a mask is refused."""
+    marks = next(a.marks for a in ARCHITECTURES if a.name == "HunyuanVideo")
+    for network, place in ((PictureFirst, Place.PICTURE_WORDS), (WordsFirst, Place.WORDS_PICTURE)):
+        assert place_of(architecture_of(marks, network), "single_blocks.0.linear2") is place
+    for network in (None, torch.nn.Linear, int):
+        with pytest.raises(AdapterError, match="take the mask off"):
+            architecture_of(marks, network)
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -229,7 +229,8 @@ class Engine:
         return when, ""
 
     def _architecture(self, model: nn.Module) -> Architecture:
-        return architecture_of([path for path, _ in model.named_modules()])  # not all of its layers are in GGUF
+        paths = [path for path, _ in model.named_modules()]  # not all of its layers are in GGUF
+        return architecture_of(paths, type(getattr(model, "diffusion_model", model)))
 
     def _add_patches(self, original: Callable, patcher: Any, *args: Any, **kwargs: Any) -> Any:
         """Patches of our layers run beside the weights; all others are added as the caller asks Forge to."""

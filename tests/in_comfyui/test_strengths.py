@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from dataclasses import replace
 import comfy.hooks
 import comfy.lora
 import comfy.sd
+import comfy.weight_adapter
 import nodes
 import pytest
 import torch
@@ -446,18 +449,24 @@ MASKED = (
 """Families whose tokens have a place that is written down; a name that this host lacks is left out."""
 
 
-@pytest.mark.parametrize("name", [name for name in MASKED if name in known_classes()])
-@torch.inference_mode()
-def test_every_family_has_as_many_tokens_as_its_picture(pack, tmp_path, name):
-    """A mask of ones is the plain LoRA bit for bit, one of zeros the base: all rows of all layers are counted right."""
-    tiny, strength = MODELS[name], pack("ops.strengths").Strength
-    path = tmp_path / f"{name}.gguf"
-    with sizes_of(tiny) as module:
+@pytest.fixture(scope="module", params=[name for name in MASKED if name in known_classes()])
+def family(request, pack, tmp_path_factory):
+    """A small model of a family on this host's classes, by Graft, and patches of a LoRA spread over it."""
+    tiny, path = MODELS[request.param], tmp_path_factory.mktemp("family") / "model.gguf"
+    with torch.inference_mode(), sizes_of(tiny) as module:
         write_tiny(tiny, module, "weights", path)
         graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
         dense = dense_model(pack, path)
-    patches = patches_of(dense, lora_for(graft, dense))
+        patches = patches_of(dense, lora_for(graft, dense))
     del dense
+    yield tiny, graft, patches
+    forget()
+
+
+@torch.inference_mode()
+def test_every_family_has_as_many_tokens_as_its_picture(pack, family):
+    """A mask of ones is the plain LoRA bit for bit, one of zeros the base: all rows of all layers are counted right."""
+    (tiny, graft, patches), strength = family, pack("ops.strengths").Strength
 
     def output(**when):
         branch = graft.clone()
@@ -470,4 +479,45 @@ def test_every_family_has_as_many_tokens_as_its_picture(pack, tmp_path, name):
     assert torch.equal(output(mask=torch.zeros(1, 4, 4)), base)
     left, right = (output(mask=mask) for mask in halves())
     assert not torch.equal(left, right) and not torch.equal(left, base)
-    forget()
+
+
+LAST = re.compile(
+    r"single_blocks\.\d+\.linear2|x_block\.mlp\.fc2|img_mlp\.net\.2|layers\.\d+\.feed_forward\.w2"
+    r"|(?<!_)blocks\.\d+\.(?:mlp\.down|ffn\.2)|transformer_blocks\.\d+\.ff\.net\.2|^diffusion_model\.out\.2"
+)
+"""Layers behind which no token hears of another any more, if they are in the last block."""
+
+
+@torch.inference_mode()
+def test_every_family_has_its_tokens_in_their_places(pack, family):
+    """A LoRA on the last layer in a half of the picture: there it is the plain LoRA, and elsewhere nothing changes."""
+    (tiny, graft, _), strength = family, pack("ops.strengths").Strength
+    layers = graft.graft.layers
+    last = [path for path in layers if LAST.search(path)][-1]
+    rows, columns = layers[last].logical_shape[0], math.prod(layers[last].logical_shape[1:])
+    g = torch.Generator().manual_seed(3)
+    up, down = torch.randn(rows, 4, generator=g), torch.randn(4, columns, generator=g) / columns**0.5
+    if len(layers[last].logical_shape) > 2:
+        up, down = up[..., None, None], down.reshape(4, *layers[last].logical_shape[1:])
+    patches = {f"{last}.weight": comfy.weight_adapter.LoRAAdapter(set(), (up, down, None, None, None, None))}
+
+    def pictures_of(when=None) -> torch.Tensor:
+        branch, seen = graft.clone(), []
+        assert when is None or branch.add_patches(patches, 1.0, when=when)
+        handle = graft.model.diffusion_model.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            output_of(branch, tiny)
+        finally:
+            handle.remove()
+        return seen[0][0] if isinstance(seen[0], (tuple, list)) else seen[0]
+
+    base, plain = pictures_of(), pictures_of(strength())
+    changed = plain - base
+    assert (changed != 0).any(dim=1).all(), "the LoRA reaches every place"
+    for side, mask in (("left", halves()[0]), ("top", halves()[0].transpose(1, 2))):
+        along = -1 if side == "left" else -2
+        got, half = pictures_of(strength(mask=mask)) - base, base.shape[along] // 2
+        # a token in the middle has both; patches are at most two wide
+        within, outside = got.narrow(along, 0, half - 1), got.narrow(along, half + 1, got.shape[along] - half - 1)
+        assert distance(within, changed.narrow(along, 0, half - 1)) < 1e-5, side
+        assert not outside.any(), side
