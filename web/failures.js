@@ -12,7 +12,7 @@ const OURS = /^graft\./; // the module of all our errors (kernels/errors.py)
 const isOurs = (error) => OURS.test(error?.exception_type);
 
 /** An answer of `VALIDATE_INPUTS` is a text with no type: it is told by its node. */
-const isAnswer = ({ type }, node) => type === "custom_validation_failed" && node.startsWith("Graft");
+const isAnswer = ({ type }, node) => type === "custom_validation_failed" && String(node).startsWith("Graft");
 
 function translate(error) {
   if (isOurs(error) && error.exception_message) error.exception_message = translated(error.exception_message, language());
@@ -32,25 +32,34 @@ function translateRefusal(answer) {
   }
 }
 
-/** Calls `done` on what a function of the page's returns, or on the answer in what it throws. */
-function after(name, done) {
+/** `what`, translated in place; as it is where it is of another form than all that is known. */
+function tried(translation, what) {
+  try {
+    translation(what);
+  } catch (problem) {
+    console.debug("Graft: an error stays in English", problem);
+  }
+  return what;
+}
+
+/** Translates what a function of the page's returns, or the answer in what it throws. */
+function after(name, translation) {
   const before = api[name];
-  if (!before) return;
   api[name] = async function (...given) {
+    let result;
     try {
-      const result = await before.apply(this, given);
-      done(result);
-      return result;
+      result = await before.apply(this, given);
     } catch (error) {
-      done(error?.response);
+      tried(translation, error?.response);
       throw error;
     }
+    return tried(translation, result);
   };
 }
 
 export function translateErrors() {
   // the page's own listeners come later: those that capture are called first
-  api.addEventListener("execution_error", ({ detail }) => translate(detail), { capture: true });
+  api.addEventListener("execution_error", ({ detail }) => tried(translate, detail), { capture: true });
   after("queuePrompt", translateRefusal);
   after("getHistory", (jobs) => Array.isArray(jobs) && jobs.forEach((job) => translate(job.execution_error)));
 }
