@@ -340,7 +340,7 @@ def test_none_is_missing_and_none_left_over(page: Callable[[list[str]], dict]) -
     assert left == [] and found["unused"] == [] and found["same"] == list(told)
 
 
-def test_a_piece_stands_in_the_code(page: Callable[[list[str]], dict]) -> None:
+def test_what_is_excused_stands_in_the_code() -> None:
     """What is no longer said is no longer excused."""
     found = {text for text, _ in texts()}
     assert set(WITHIN) - found == set()

@@ -58,8 +58,12 @@ function after(name, translation) {
 }
 
 export function translateErrors() {
-  // the page's own listeners come later: those that capture are called first
-  api.addEventListener("execution_error", ({ detail }) => tried(translate, detail), { capture: true });
+  // a listener would be too late: the page's own are there before, and browsers call an object's in their order
+  const { dispatchCustomEvent } = api;
+  api.dispatchCustomEvent = function (type, detail, ...given) {
+    if (type === "execution_error") tried(translate, detail);
+    return dispatchCustomEvent.call(this, type, detail, ...given);
+  };
   after("queuePrompt", translateRefusal);
   after("getHistory", (jobs) => Array.isArray(jobs) && jobs.forEach((job) => translate(job.execution_error)));
 }
