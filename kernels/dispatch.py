@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import backends, cpu, scratch
-from .errors import CorruptFile
+from .errors import CorruptFile, WrongInput
 from .formats import Format, by_name
 
 FEW_ROWS = 2
@@ -269,7 +269,7 @@ def linear(
         ``[..., N]`` in x's dtype.
 
     Raises:
-        ValueError: x and the weight differ in K.
+        WrongInput: x and the weight differ in K.
     """
     fmt = _as_format(fmt)
     n = data.shape[0] if rows is None else rows
@@ -277,7 +277,8 @@ def linear(
         return _linear_in_graph(x, data, fmt, bias, residual, n, backend, scale)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if flat.shape[1] * n != _count(data, fmt):
-        raise ValueError(f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}")
+        columns = f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}"
+        raise WrongInput(f"{columns}: is the text encoder that of this model?")
     chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if not needs_grad and is_widened(x, chosen):

@@ -64,5 +64,9 @@ class OutOfMemory(GraftError, _TorchOutOfMemory):  # type: ignore[misc, valid-ty
     """Memory is full, whatever is given back; hosts treat it as torch's own error and unload models."""
 
 
+class WrongInput(GraftError, ValueError):
+    """What goes into a layer is not as wide as its weight, such as words from the text encoder of another model."""
+
+
 class AdapterError(GraftError):
     """A LoRA file cannot be read, or does not fit the model."""

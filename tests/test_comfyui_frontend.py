@@ -13,6 +13,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -880,7 +881,7 @@ SAID = {
     "style.safetensors ×0.80: 3/4 layers, rank 4 to 16; 1 not in this model, such as a (trained for Flux, model is "
     "SD3)\n  kohya names; 3 layers beside the packed weight":
     "style.safetensors ×0.80: 3/4 层，秩 4 到 16；模型里没有其中 1 个，例如 a (为 Flux 训练，模型是 SD3)\n"
-    "  kohya 命名; 3 层在量化权重旁计算",
+    "  kohya 命名；3 层在量化权重旁计算",
     "runs on NVIDIA RTX 3060: the model takes 6.8 GB of 12.9 GB, dynamic VRAM is on":
     "在 NVIDIA RTX 3060 上运行：模型占用 6.8 GB，共 12.9 GB，动态显存已打开",
     "faster: run python -m pip install -U triton with ComfyUI's Python and start ComfyUI again":
@@ -891,14 +892,24 @@ SAID = {
 }  # fmt: skip
 
 
-def test_all_of_it_is_in_chinese_where_comfyui_is(page: Page) -> None:
-    hosts = comfyui_hosts()
-    if page.vue != (page.server.host == hosts[-1].name) or page.server.host not in (hosts[0].name, hosts[-1].name):
-        pytest.skip("in the oldest front end on the canvas, and in the newest with Vue nodes")
+@contextmanager
+def in_chinese(page: Page) -> Iterator[None]:
+    """The page as it is where ComfyUI's language is Chinese."""
     setting = f"http://127.0.0.1:{page.server.port}/settings/Comfy.Locale"
     page.page.request.post(setting, data=json.dumps("zh"))
     try:
         page.open()
+        yield
+    finally:
+        page.page.request.post(setting, data=json.dumps("en"))
+        page.open()
+
+
+def test_all_of_it_is_in_chinese_where_comfyui_is(page: Page) -> None:
+    hosts = comfyui_hosts()
+    if page.vue != (page.server.host == hosts[-1].name) or page.server.host not in (hosts[0].name, hosts[-1].name):
+        pytest.skip("in the oldest front end on the canvas, and in the newest with Vue nodes")
+    with in_chinese(page):
         page.load(demo("neon", "blueprint"))
         page.wait_for_rows(2)
         names = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
@@ -920,7 +931,7 @@ def test_all_of_it_is_in_chinese_where_comfyui_is(page: Page) -> None:
         assert all(map(CHINESE.search, [*entries, *labels])), [*entries, *labels]
         page.command("Graft.Back")
         page.page.get_by_text("已更换 1 个加载器，Ctrl+Z 可撤销").first.wait_for()
-        translated = "async ([text]) => (await import('/extensions/graft/reports.js')).translated(text)"
+        translated = "async ([text]) => (await import('/extensions/graft/phrases.js')).translated(text, 'zh')"
         assert [page.see(translated, text) for text in SAID] == list(SAID.values())
         page.load(demo("neon"))
         page.run()
@@ -929,9 +940,54 @@ def test_all_of_it_is_in_chinese_where_comfyui_is(page: Page) -> None:
         assert "41/41 层，秩 16" in texts[STACK] and "41 层在量化权重旁计算" in texts[STACK]
         text = "async ([kind]) => (await fetch(app.api.fileURL(`/extensions/graft/docs/${kind}/zh.md`))).text()"
         assert page.see(text, STACK).startswith(f"# {stack['display_name']}\n")
-    finally:
-        page.page.request.post(setting, data=json.dumps("en"))
+
+
+def failed(page: Page, workflow: dict) -> tuple[str, str]:
+    """What a run tells the page of its error, and what the server has written."""
+    page.load(workflow)
+    page.see("() => seen.run()")
+    page.wait("() => seen.ended")
+    runs = page.page.request.get(f"http://127.0.0.1:{page.server.port}/history").json().values()
+    events = [event for run in runs for event in run["status"]["messages"]]
+    written = [told["exception_message"] for kind, told in events if kind == "execution_error"]
+    return page.see("() => seen.ended").strip(), written[-1].strip()
+
+
+def wait_for_words(page: Page, words: str) -> None:
+    """That an error is read by whoever opens the panel, or the window that is there by itself."""
+    if page.has_panel():
+        page.page.get_by_text(re.compile("^(See Errors|查看错误)$")).first.dispatch_event("click")
+    page.wait("([text]) => document.body.innerText.replace(/\\s+/g, ' ').includes(text)", words)
+
+
+def test_errors_are_in_chinese_where_comfyui_is(page: Page) -> None:
+    """Those of ours, of a run and of a prompt that is refused; what a stock node says stays as it is."""
+    mode = "vue" if page.vue else "canvas"
+    models = page.server.output.parent / "models" / "diffusion_models"
+    models.mkdir(parents=True, exist_ok=True)
+    (models / f"page {mode}.gguf").write_text("<!DOCTYPE html>")
+    workflow = demo("neon")
+    values = {node["type"]: node["widgets_values"] for node in workflow["nodes"]}
+    with in_chinese(page):
+        values[LOADER][0] = f"page {mode}.gguf"  # named so that no other page has run it
+        said, written = failed(page, workflow)
+        assert written.startswith("File is 15 bytes, a web page: download the model itself, after logging in if")
+        words = "文件有 15 字节，是一个网页：请下载模型本身，如果网站要求，请先登录 ("
+        assert said == f"{words}{models / f'page {mode}.gguf'})"
+        wait_for_words(page, words)
         page.open()
+        values[LOADER][0], values[STACK][1] = "graft-demo-Q8_0.gguf", "gone.safetensors"
+        page.load(workflow)
+        page.see("() => seen.run()")
+        wait_for_words(page, "请把文件放入 loras 文件夹，或选择其他文件，或停用该行：gone.safetensors (第 1 行)")
+        page.open()
+        values[STACK][1], values["SaveImage"][0] = "graft-demo-neon.safetensors", "../../outside"
+        said, written = failed(page, workflow)
+        assert said == written and "Saving image outside the output folder is not allowed" in said
+    values[LOADER][0] = f"page {mode}.gguf"
+    said, written = failed(page, workflow)
+    assert said == written and said.startswith("File is 15 bytes, a web page")
+    page.open()
 
 
 def is_told(files: int) -> str:

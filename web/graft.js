@@ -6,11 +6,12 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { translateErrors } from "./failures.js";
 import { hideIf } from "./hidden.js";
 import { describeFiles } from "./model_files.js";
 import { dropSpareSockets, refreshRows, showRows } from "./lora_rows.js";
-import { translated } from "./reports.js";
-import { say } from "./words.js";
+import { translated } from "./phrases.js";
+import { language, say } from "./words.js";
 
 const REPORTING = [
   "GraftUNETLoader", "GraftCLIPLoader", "GraftCheckpointLoader", "GraftVAELoader", "GraftControlNetLoader",
@@ -47,7 +48,7 @@ const textWidget = (node) => node.widgets?.find((widget) => widget.name === TEXT
 const textOf = (output) => [output?.text ?? []].flat().join("\n");
 
 function show(node, report) {
-  const text = translated(report);
+  const text = translated(report, language());
   const widget = textWidget(node) ?? addTextWidget(node);
   if (!widget) return;
   said.set(keyOf(node), report);
@@ -185,7 +186,10 @@ function dropDeadInputs({ graph }) {
 
 app.registerExtension({
   name: "Graft",
-  setup: listen,
+  setup() {
+    translateErrors();
+    listen();
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name.startsWith("Graft")) {
       chain(nodeType.prototype, "onSerialize", sign);

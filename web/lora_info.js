@@ -2,7 +2,8 @@
 
 import { api } from "../../scripts/api.js";
 import { make, style } from "./parts.js";
-import { say } from "./words.js";
+import { translated } from "./phrases.js";
+import { language, say } from "./words.js";
 
 const STYLE = `
 .graft-info { width: 560px; max-width: 92vw; max-height: 86vh; padding: 16px; overflow: auto; border-radius: 8px;
@@ -42,10 +43,11 @@ function content(name, { problem, words = [], notes = [], picture }) {
   const rows = told.map(([what, value]) =>
     make("tr", {}, make("td", { textContent: say(what) }), make("td", { textContent: value })),
   );
+  const why = problem ? translated(problem, language()) : say("The file says nothing about itself");
   return [
     make("h3", { textContent: name }),
     ...(picture ? [make("img", { src: api.apiURL(address(name, "/picture")), alt: "" })] : []),
-    rows.length ? make("table", {}, ...rows) : make("p", { textContent: problem ?? say("The file says nothing about itself") }),
+    rows.length ? make("table", {}, ...rows) : make("p", { textContent: why }),
   ];
 }
 

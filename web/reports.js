@@ -1,16 +1,11 @@
-/**
- * What our nodes report, in the language that ComfyUI is set to. The server writes it in English, since it serves pages
- * in several languages; here its phrases are put into the page's. What has no phrase stays English, as do names of
- * files, types and layers.
- */
+/** Phrases of what our nodes report, in other languages than English; how they are put in is `phrases.js`. */
 
-import { language } from "./words.js";
-
-/** `[pattern, text]` in the order in which they are put in; a pattern ends before what is a name or a number. */
-const ZH = [
+export const ZH = [
   // where a model runs, and what would be faster
   [/runs on the processor: the model takes (.+?) of ([\d.]+ \w+)/g, "在处理器上运行：模型占用 $1，共 $2"],
   [/runs on (.+?): the model takes (.+?) of ([\d.]+ \w+)/g, "在 $1 上运行：模型占用 $2，共 $3"],
+  [/(?<=在 )Apple's GPU(?= 上)/g, "Apple 的 GPU"],
+  [/(?<=在 )an Intel GPU(?= 上)/g, "Intel GPU"],
   [/, dynamic VRAM is on/g, "，动态显存已打开"],
   [
     /\. ComfyUI keeps a part of it in main memory, which is slower: a file of up to (.+?) stays on the card/g,
@@ -19,7 +14,7 @@ const ZH = [
   [/weights are decoded on the card, in Triton kernels/g, "权重在显卡上由 Triton 内核解码"],
   [/weights are decoded by libgguf/g, "权重由 libgguf 解码"],
   [/weights are decoded by torch code/g, "权重由 torch 代码解码"],
-  [/faster: choose fp16 in compute_dtype, this card has no bf16 units/g, "更快的方法：compute_dtype 选 fp16，这块显卡没有 bf16 单元"],
+  [/faster: choose fp16 in compute_dtype, this card has no bf16 units/g, "更快的方法：“计算精度”选 fp16，这块显卡没有 bf16 单元"],
   [
     /faster: run (.+?) in the folder of ComfyUI_windows_portable and start ComfyUI again/g,
     "更快的方法：在 ComfyUI_windows_portable 文件夹里运行 $1，然后重启 ComfyUI",
@@ -37,10 +32,31 @@ const ZH = [
     /Triton is made for NVIDIA cards from the RTX 30 series on: this one has no faster way/g,
     "Triton 支持 RTX 30 系列及以后的 NVIDIA 显卡：这块显卡没有更快的方法",
   ],
-  [/ \(compute_dtype (\w+) is faster on this processor\)/g, "（在这个处理器上 compute_dtype 选 $1 更快）"],
+  [/ \(compute_dtype (\w+) is faster on this processor\)/g, "（在这个处理器上 “计算精度”选 $1 更快）"],
   [/int8 is not used: /g, "没有使用 int8："],
+  [/\bint8 in (\d+) layers?/g, "$1 层用 int8"],
+  [/(\d+) layers? in int8, where there are many tokens/g, "$1 层在 token 多的时候用 int8"],
+  [/(\d+) layers? not in int8 /g, "$1 层不用 int8 "],
+  [/\bsmaller than (\S+×\d+)/g, "小于 $1"],
+  [/\bbefore or behind the blocks\b/g, "在块之前或之后"],
+  [/\bnot linear\b/g, "不是线性层"],
+  [/\bnot quantized\b/g, "没有量化"],
+  [/\binputs not a multiple of (\d+)/g, "输入不是 $1 的倍数"],
+  [/\bnamed with a minus\b/g, "名称前有减号"],
+  [/\bweights off by /g, "权重误差 "],
+  [/\(as chosen\)/g, "(按你的选择)"],
+  [/\bunknown architecture\b/g, "未知架构"],
+  [/(?<= · )no tensors\b/g, "没有张量"],
+  [/ or (?=(?:Lens|Flux|Anima|SD2|Boogu|Lumina 2|Z-Image|Ideogram 4|PixArt)\b)/g, " 或 "],
   [/made by Graft: /g, "由 Graft 制作："],
-  [/ · with an importance matrix/g, " · 使用了重要性矩阵"],
+  [/\bwith an importance matrix\b/g, "使用了重要性矩阵"],
+  [/(?<=由 Graft 制作.*) · of /g, " · 来自 "],
+  [/(?<=由 Graft 制作.*) · rules /g, " · 规则 "],
+  [/ · with /g, " · 带有 "],
+  [/ · ([\d.]+[BM]?) weights · /g, " · $1 个权重 · "],
+  [/ · the file has no /g, " · 文件里没有 "],
+  [/no text encoder in this file: use /g, "这个文件里没有文本编码器：请使用"],
+  [/no VAE in this file: use /g, "这个文件里没有 VAE：请使用"],
   [/ · sees with /g, " · 视觉投影 "],
   [/: not used, none of these text encoders sees with it/g, "：没有使用，这些文本编码器都不用它看图"],
   // what became of a LoRA
@@ -51,7 +67,10 @@ const ZH = [
   [/ holds no adapter that is known here: is it a LoRA\?/g, " 里没有能识别的适配器：它是 LoRA 吗？"],
   [/ is for a text encoder only \((\d+) layers?\): connect a CLIP to LoRA Stack \(Graft\)/g, " 只用于文本编码器（$1 层）：请把 CLIP 接到 LoRA 堆（Graft）"],
   [/ is for another text encoder \(0 of (\d+) layers? match\)/g, " 用于另一种文本编码器（$1 层都不匹配）"],
-  [/: it does not fit this model/g, "：不适合这个模型"],
+  [/\bit does not fit this model/g, "它不适合这个模型"],
+  [/no block of this model is called /g, "这个模型没有块叫做 "],
+  [/(\d+) parameters outside of packed layers patched by ComfyUI/g, "量化层以外的 $1 个参数由 ComfyUI 处理"],
+  [/(\d+) layers? patched by ComfyUI/g, "$1 层由 ComfyUI 处理"],
   [/trained for ([^,\n]+?), model is ([^()\n]+?)(?=\)| \()/g, "为 $1 训练，模型是 $2"],
   [/the file is for another version of ([^()\n]+?)(?=\)| \()/g, "这个文件用于 $1 的另一个版本"],
   [/its names are not those of ([^()\n]+?)(?=\)| \()/g, "其中的名称不是 $1 的"],
@@ -69,19 +88,30 @@ const ZH = [
   [/, rank (\d+) to (\d+)/g, "，秩 $1 到 $2"],
   [/, rank (\d+)/g, "，秩 $1"],
   [/in a region of (\d+) %/g, "在占画面 $1 % 的区域里"],
-  [/by (share|step|sigma) (?=-?[\d.]+ = )/g, "按 $1："],
+  [/\bby share (?=-?[\d.]+ = )/g, "按步数比例："],
+  [/\bby step (?=-?[\d.]+ = )/g, "按步："],
+  [/\bby sigma (?=-?[\d.]+ = )/g, "按 sigma："],
   [/for the positive prompt/g, "用于正面提示词"],
   [/for the negative prompt/g, "用于负面提示词"],
   [/with weights of blocks/g, "带有各块的权重"],
+  [/^( *)everywhere$/gm, "$1始终作用于整个画面"],
   // of Inspect
   [/^from LoRA Stack: /gm, "来自 LoRA 堆："],
   [/^no adapters$/gm, "没有适配器"],
+  [/^rejected: /gm, "没有使用："],
+  [/, all before it ×/g, "，在它之前的都 ×"],
+  [/: empty, /g, "：空，"],
   [/^outside of the blocks/gm, "块之外"],
   [/^nothing is called (.*)$/gm, "没有名称包含 $1 的内容"],
   [/^and (\d+) more$/gm, "还有 $1 个"],
   [/^a (\w+) of another loader: Graft adds nothing to it$/gm, "由其他加载器加载的 $1：Graft 没有给它加任何东西"],
   // of what makes files
   [/^saved (.+?), ([\d.]+ \w+) in (\d+) s$/gm, "已保存 $1，$2，用时 $3 秒"],
+  [/the part that sees pictures is not in the file: keep the vision projector \(mmproj\) beside it/g, "看图的部分不在文件里：请把视觉投影（mmproj）放在它旁边"],
+  [/LoRAs by region or step are merged in at their full strength, for all of the picture and all steps/g, "按区域或步数使用的 LoRA 以全部强度合并，作用于整个画面和所有步数"],
+  [/LoRAs that hooks schedule are not merged in/g, "由 hooks 安排的 LoRA 没有合并"],
+  [/LoRAs of Load LoRA \(Bypass\) are not merged in: put them on with another LoRA node/g, "“加载LoRA（旁路）”的 LoRA 没有合并：请用其他 LoRA 节点加载"],
+  [/stable-diffusion\.cpp cannot read names of over (\d+) characters/g, "stable-diffusion.cpp 不能读取超过 $1 个字符的名称"],
   [/(\d+) layers? in another type, /g, "$1 层用了另一种类型，"],
   [/its rows of (\d+) fill no blocks of (\w+)/g, "每行 $1 个数，填不满 $2 的块"],
   [/its importance is not known, (\w+) needs it/g, "没有它的重要性数据，而 $1 需要"],
@@ -93,28 +123,29 @@ const ZH = [
   [/the importance matrix has nothing on (\d+) layers?/g, "重要性矩阵里没有其中 $1 层的数据"],
   [/Graft reads this file; ComfyUI-GGUF does not know the architecture (\S+)/g, "Graft 能读取这个文件；ComfyUI-GGUF 不认识架构 $1"],
   [/(\d+) layers? in (\d+) model calls?, up to ([\d,]+) rows each/g, "$2 次模型调用中的 $1 层，每层最多 $3 行"],
+  [/^ComfyUI, (\d+) sampler runs?$/gm, "ComfyUI，$1 次采样"],
   [/(\d+) layers? did not run, so nothing is known of them/g, "$1 层没有运行，所以没有它们的数据"],
   [/(\d+) layers? of rank up to (\d+)/g, "$1 层，秩最高 $2"],
   [/^nothing was cut$/gm, "没有裁剪"],
-  [/lost by rank (\d+): ([\d.]+%)/g, "秩 $1 损失 $2"],
+  [/(\d+) in full, which are no product of two factors/g, "$1 个完整保存，它们不是两个因子的乘积"],
+  [/lost by rank (\d+): ([\d.]+%?) of the change in what layers give, as calibrated/g, "秩 $1 损失校准所见的层输出变化的 $2"],
+  [/lost by rank (\d+): ([\d.]+%?) of the change/g, "秩 $1 损失变化的 $2"],
   // of training
   [/, beside (\d+) layers?, ([\d,]+) numbers/g, "，加在 $1 层旁边，共 $2 个数"],
   [/^(\d+) pictures, (\d+) steps, ([\d.]+) s a step/gm, "$1 张图片，$2 步，每步 $3 秒"],
   [/^loss ([\d.]+) -> ([\d.]+)/gm, "损失 $1 → $2"],
+  [/^went on from step (\d+) of (.+), exactly$/gm, "从 $2 的第 $1 步继续，完全一致"],
+  [/^began with the factors of (.+); /gm, "从 $1 的因子开始；"],
+  [/its (\.\w+) file is not there or does not fit, so the optimizer began anew/g, "它的 $1 文件不存在或不匹配，所以优化器重新开始"],
   [/^trained on /gm, "训练所用的模型："],
-  [/([\d,]+) bytes: /g, "$1 字节："],
+  [/^([\d,]+) weights, ([\d,]+) bytes: /gm, "$1 个权重，$2 字节："],
+  [/^([\d,]+) bytes: /gm, "$1 字节："],
   // what several of them say
   [/^(.+?) is here for (.+?), the same file by its SHA-256$/gm, "$2 在这里是 $1（SHA-256 相同，是同一个文件）"],
   [/^(.+?) is here for (.+)$/gm, "$2 在这里是 $1"],
+  [/ changes the weights by: nothing$/gm, " 没有改变权重"],
   [/ changes the weights by: /g, " 对权重的改变："],
-  [/ \(most in (\d+): /g, "（第 $1 块最多："],
+  [/ \(most in (\d+): ([^)]+)\)/g, "（第 $1 块最多：$2）"],
   [/(\d+)\/(\d+) layers?/g, "$1/$2 层"],
   [/: (\d+) layers?(?=$|\n)/gm, "：$1 层"],
 ];
-
-const TABLES = { zh: ZH };
-
-/** A report in the page's language. */
-export function translated(text) {
-  return (TABLES[language()] ?? []).reduce((said, [pattern, words]) => said.replace(pattern, words), text);
-}
