@@ -255,7 +255,7 @@ export const ZH = [
   [/the end, (\S+), lies not behind the start, (\S+?): set end higher/g, "“结束” $1 不在“开始” $2 之后：请调大“结束”"],
   [/a keyframe cannot be read \((.*?)\): write it like 0\.5 = 0\.2, the share of the steps and the strength from there on/g, "无法读取关键帧（$1）：请写成 0.5 = 0.2，即步数的比例和从那里起的强度"],
   [/a keyframe is at (\S+) \((.*?)\): count in shares of all steps, from 0 to 1/g, "关键帧在 $1（$2）：请用占全部步数的比例，从 0 到 1"],
-  [/a rule for blocks cannot be read \((.*?)\): write it like double 0-9 = 0\.5, and a comma between two/g, "无法读取“分层权重”的规则（$1）：请写成 double 0-9 = 0.5，两条之间用逗号"],
+  [/a rule for blocks cannot be read \((.*?)\): write it like double 0-9 = 0\.5, and a comma between two, or take one of /g, "无法读取“分层权重”的规则（$1）：请写成 double 0-9 = 0.5，两条之间用逗号，或者使用 "],
   [/a rule for blocks counts down \((.*?)\): write the smaller number first/g, "“分层权重”的规则从大到小（$1）：请先写较小的数"],
   [/a mask of shape (.+?) is none: it needs rows and columns/g, "形状 $1 的不是遮罩：遮罩要有行和列"],
   [/what has no place in the picture is (.+?), not (\S+)/g, "“画面之外”只能是 $1，不能是 $2"],
