@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from conftest import ROOT
 from forge import Forge
-from gguf_samples import write_gguf
+from gguf_samples import encode, write_gguf
 from hosts import Host
 from PIL import Image
 from safetensors.torch import save_file
@@ -205,6 +206,25 @@ def write_loras(folder: Path) -> None:
     save_file(other, str(folder / "sdxl.safetensors"))
 
 
+def write_gguf_lora(folder: Path) -> None:
+    """One LoRA twice: in GGUF, under llama.cpp's names, and what that decodes to, under kohya's; and half a file."""
+    stored: dict[str, tuple[np.ndarray, str]] = {}
+    decoded: dict[str, torch.Tensor] = {}
+    for block in range(DEPTH):
+        for part, rows, columns in (("double_blocks.{}.img_attn.qkv", 3, 1), ("single_blocks.{}.linear2", 1, 5)):
+            layer, pair = part.format(block), _pair(rows * WIDTH, columns * WIDTH, 120 + block + rows)
+            module = f"lora_unet_{layer.replace('.', '_')}"
+            for (field, theirs, kind), factor in zip((("b", "up", "F16"), ("a", "down", "Q8_0")), pair, strict=True):
+                stored[f"{layer}.weight.lora_{field}"] = factor.numpy(), kind
+                qtype = gguf.GGMLQuantizationType[kind]
+                numbers = gguf.dequantize(encode(factor.numpy(), qtype), qtype)
+                decoded[f"{module}.lora_{theirs}.weight"] = torch.from_numpy(numbers.astype(np.float32))
+            decoded[f"{module}.alpha"] = torch.tensor(4.0)
+    write_gguf(folder / "packed.gguf", stored, metadata={"adapter.lora.alpha": 4.0})
+    save_file(decoded, str(folder / "decoded.safetensors"))
+    (folder / "damaged.gguf").write_bytes((folder / "packed.gguf").read_bytes()[:20_000])
+
+
 def write_models(host: Host, folder: Path) -> None:
     """Everything under Forge's ``models`` folder."""
     (folder / "Stable-diffusion").mkdir(parents=True)
@@ -214,6 +234,12 @@ def write_models(host: Host, folder: Path) -> None:
     (folder / "text_encoder").mkdir()
     write_gguf(folder / "text_encoder" / "toy-t5.gguf", t5_tensors("Q8_0"), architecture="t5encoder")
     write_loras(folder / "Lora")
+    write_gguf_lora(folder / "Lora")
+    # which Forge lists, and nobody loads
+    control, name = folder / "ControlNet", "control_model.zero_convs.0.0.weight"
+    control.mkdir()
+    write_gguf(control / "packed.gguf", {name: (np.ones((32, 32), np.float32), "F16")})
+    save_file({name: torch.ones(32, 32)}, str(control / "plain.safetensors"))
     done = host.run(str(EXTENSION.parent / "toys.py"), str(folder), timeout=120)
     assert done.returncode == 0, done.stdout
 
