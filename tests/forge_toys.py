@@ -24,9 +24,11 @@ import torch
 from conftest import ROOT
 from forge import Forge
 from gguf_samples import encode, write_gguf
+from graft.ops.files.renaming import rename
+from graft.ops.files.text_encoders import T5
 from hosts import Host
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 WIDTH, DEPTH = 256, 2
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")
@@ -242,6 +244,17 @@ def write_models(host: Host, folder: Path) -> None:
     save_file({name: torch.ones(32, 32)}, str(control / "plain.safetensors"))
     done = host.run(str(EXTENSION.parent / "toys.py"), str(folder), timeout=120)
     assert done.returncode == 0, done.stdout
+
+
+def write_whole(models: Path, kind: str) -> None:
+    """The parts in Forge's `models` folder as one checkpoint, ``toy-whole.gguf``; the VAE in F16."""
+    tensors = {f"model.diffusion_model.{name}": part for name, part in flux_tensors(kind).items()}
+    t5 = {rename(name, T5): part for name, part in t5_tensors("Q8_0").items()}
+    tensors |= {f"text_encoders.t5xxl.transformer.{name}": part for name, part in t5.items()}
+    for file, prefix in (("text_encoder/toy-clip", "text_encoders.clip_l.transformer."), ("VAE/toy-vae", "vae.")):
+        for name, weight in load_file(models / f"{file}.safetensors").items():
+            tensors[prefix + name] = weight.float().numpy(), "F16" if weight.dim() > 1 else "F32"
+    write_gguf(models / "Stable-diffusion" / "toy-whole.gguf", tensors, orig_shapes=False)
 
 
 class Server:

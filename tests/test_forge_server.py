@@ -17,7 +17,7 @@ import torch
 from browser import chromium
 from forge import EACH, chosen, named
 from forge_churn import Churn, told
-from forge_toys import DIALECTS, TYPES, Server, flux_tensors, serving
+from forge_toys import DIALECTS, TYPES, Server, flux_tensors, serving, write_whole
 from gguf_samples import write_gguf
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -230,6 +230,19 @@ def test_a_lora_baked_into_a_saved_file_is_one_beside_it(server: Server, saved: 
     noise = 2 / 127 / 12**0.5 * (2 * 11 * 2) ** 0.5 * baked.std() + (2 / 12) ** 0.5
     effect = float(np.sqrt(np.mean((beside - base.astype(float)) ** 2)))
     assert float(np.sqrt(np.mean((baked - beside) ** 2))) < noise < effect
+
+
+def test_a_whole_checkpoint_in_gguf_draws_what_its_parts_draw(server: Server) -> None:
+    """Its VAE is in F16: rows of three, as convolutions have them, fill no blocks."""
+    write_whole(server.folder / "models", "Q4_K")
+    server.call("/sdapi/v1/refresh-checkpoints", {})
+    alone = {"override_settings": {"forge_additional_modules": []}}
+    pictures = []
+    for prompt in ("a toy", "a toy <lora:whole:0.7><lora:text:1.5>"):
+        got, want = server.image("whole", prompt, **alone)[0], server.image("Q4_K", prompt)[0]
+        assert apart(got, want) <= 1
+        pictures.append(want)
+    assert apart(*pictures) > 8
 
 
 def test_a_lora_works_in_its_region_and_in_its_steps(server: Server) -> None:
