@@ -1,9 +1,10 @@
 """Binds the checkout, whatever its folder is called, as the package `graft`; decides where Triton kernels run."""
 
+import importlib.util
 import os
 import sys
 import types
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     from graft.kernels import cpu
 
     monkeypatch.setattr(cpu, "SLOW_DTYPES", frozenset())
+
+
+@pytest.fixture(scope="session")
+def make_gguf() -> Callable[[Sequence[str]], int]:
+    """What tools/make_gguf.py does with a command line's arguments."""
+    spec = importlib.util.spec_from_file_location("make_gguf", ROOT / "tools" / "make_gguf.py")
+    assert spec is not None and spec.loader is not None
+    path, module = list(sys.path), importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module.main
 
 
 TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))

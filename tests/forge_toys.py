@@ -18,14 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from conftest import ROOT
 from forge import Forge
-from gguf_samples import write_gguf
+from gguf_samples import encode, write_gguf
+from graft.ops.files.renaming import rename
+from graft.ops.files.text_encoders import T5
 from hosts import Host
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 WIDTH, DEPTH = 256, 2
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")
@@ -205,6 +208,25 @@ def write_loras(folder: Path) -> None:
     save_file(other, str(folder / "sdxl.safetensors"))
 
 
+def write_gguf_lora(folder: Path) -> None:
+    """One LoRA twice: in GGUF, under llama.cpp's names, and what that decodes to, under kohya's; and half a file."""
+    stored: dict[str, tuple[np.ndarray, str]] = {}
+    decoded: dict[str, torch.Tensor] = {}
+    for block in range(DEPTH):
+        for part, rows, columns in (("double_blocks.{}.img_attn.qkv", 3, 1), ("single_blocks.{}.linear2", 1, 5)):
+            layer, pair = part.format(block), _pair(rows * WIDTH, columns * WIDTH, 120 + block + rows)
+            module = f"lora_unet_{layer.replace('.', '_')}"
+            for (field, theirs, kind), factor in zip((("b", "up", "F16"), ("a", "down", "Q8_0")), pair, strict=True):
+                stored[f"{layer}.weight.lora_{field}"] = factor.numpy(), kind
+                qtype = gguf.GGMLQuantizationType[kind]
+                numbers = gguf.dequantize(encode(factor.numpy(), qtype), qtype)
+                decoded[f"{module}.lora_{theirs}.weight"] = torch.from_numpy(numbers.astype(np.float32))
+            decoded[f"{module}.alpha"] = torch.tensor(4.0)
+    write_gguf(folder / "packed.gguf", stored, metadata={"adapter.lora.alpha": 4.0})
+    save_file(decoded, str(folder / "decoded.safetensors"))
+    (folder / "damaged.gguf").write_bytes((folder / "packed.gguf").read_bytes()[:20_000])
+
+
 def write_models(host: Host, folder: Path) -> None:
     """Everything under Forge's ``models`` folder."""
     (folder / "Stable-diffusion").mkdir(parents=True)
@@ -214,8 +236,25 @@ def write_models(host: Host, folder: Path) -> None:
     (folder / "text_encoder").mkdir()
     write_gguf(folder / "text_encoder" / "toy-t5.gguf", t5_tensors("Q8_0"), architecture="t5encoder")
     write_loras(folder / "Lora")
+    write_gguf_lora(folder / "Lora")
+    # which Forge lists, and nobody loads
+    control, name = folder / "ControlNet", "control_model.zero_convs.0.0.weight"
+    control.mkdir()
+    write_gguf(control / "packed.gguf", {name: (np.ones((32, 32), np.float32), "F16")})
+    save_file({name: torch.ones(32, 32)}, str(control / "plain.safetensors"))
     done = host.run(str(EXTENSION.parent / "toys.py"), str(folder), timeout=120)
     assert done.returncode == 0, done.stdout
+
+
+def write_whole(models: Path, kind: str) -> None:
+    """The parts in Forge's `models` folder as one checkpoint, ``toy-whole.gguf``; the VAE in F16."""
+    tensors = {f"model.diffusion_model.{name}": part for name, part in flux_tensors(kind).items()}
+    t5 = {rename(name, T5): part for name, part in t5_tensors("Q8_0").items()}
+    tensors |= {f"text_encoders.t5xxl.transformer.{name}": part for name, part in t5.items()}
+    for file, prefix in (("text_encoder/toy-clip", "text_encoders.clip_l.transformer."), ("VAE/toy-vae", "vae.")):
+        for name, weight in load_file(models / f"{file}.safetensors").items():
+            tensors[prefix + name] = weight.float().numpy(), "F16" if weight.dim() > 1 else "F32"
+    write_gguf(models / "Stable-diffusion" / "toy-whole.gguf", tensors, orig_shapes=False)
 
 
 class Server:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import gguf
@@ -253,15 +251,6 @@ def test_stopping(tmp_path):
     assert sum(done) == plan.weights
 
 
-@pytest.fixture(scope="module")
-def command():
-    spec = importlib.util.spec_from_file_location("make_gguf", ROOT / "tools" / "make_gguf.py")
-    path, module = list(sys.path), importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module.main
-
-
 def _lora(state: dict, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     g, lora = torch.Generator().manual_seed(1), {}
     for name in names:
@@ -271,7 +260,7 @@ def _lora(state: dict, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return lora
 
 
-def test_the_command(tmp_path, command, capsys):
+def test_the_command(tmp_path, make_gguf, capsys):
     """Shards of a whole checkpoint, a LoRA, a rule: what is in the file, and what it says of itself."""
     state, layer = _flux(), "double_blocks.1.img_attn.proj"
     halves = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
@@ -299,8 +288,8 @@ def test_the_command(tmp_path, command, capsys):
         "--lora",
         f"{tmp_path}/style.safetensors:0.5",
     ]
-    assert command([*arguments, "--plan"]) == 0 and not target.exists()
-    assert command(arguments) == 0
+    assert make_gguf([*arguments, "--plan"]) == 0 and not target.exists()
+    assert make_gguf(arguments) == 0
     said = capsys.readouterr().out
     assert "style.safetensors ×0.50: 2/2 layers" in said and "flux · Q8_0" in said and "M weights a second" in said
     file = open_gguf(target)
@@ -320,13 +309,13 @@ def test_the_command(tmp_path, command, capsys):
     assert entries["graft.rules"] == [f"{layer} = F32"] and entries["graft.version"] == VERSION
     del file
     gc.collect()
-    assert command(arguments) == 1 and "already" in capsys.readouterr().err
-    assert command([*arguments, "--overwrite"]) == 0
+    assert make_gguf(arguments) == 1 and "already" in capsys.readouterr().err
+    assert make_gguf([*arguments, "--overwrite"]) == 0
 
 
-def test_the_command_on_gguf(tmp_path, command, capsys):
+def test_the_command_on_gguf(tmp_path, make_gguf, capsys):
     source, target = str(DEMO / "graft-demo-Q8_0.gguf"), tmp_path / "out.gguf"
-    assert command([source, str(target), "--type", "Q4_0"]) == 0
+    assert make_gguf([source, str(target), "--type", "Q4_0"]) == 0
     assert "quantized again" in capsys.readouterr().out
     first, second = open_gguf(source), open_gguf(target)
     assert second.architecture == first.architecture and re.fullmatch(
@@ -337,7 +326,7 @@ def test_the_command_on_gguf(tmp_path, command, capsys):
     assert np.array_equal(second.tensors[name].data, quantize(decoded, by_name("Q4_0")).flatten())
 
 
-def test_what_the_command_refuses(tmp_path, command, capsys):
+def test_what_the_command_refuses(tmp_path, make_gguf, capsys):
     save_file({"strange.weight": torch.ones(4, 4)}, tmp_path / "a.safetensors")
     save_file({"transformer_blocks.0.attn.norm_added_k.weight": torch.ones(4)}, tmp_path / "b.safetensors")
     (tmp_path / "c.safetensors").write_bytes(b"nonsense")
@@ -347,10 +336,10 @@ def test_what_the_command_refuses(tmp_path, command, capsys):
         "d.ckpt": "only .safetensors", "e-00001-of-00002.safetensors": "missing", "f.gguf": "no such file",
     }  # fmt: skip
     for name, why in cases.items():
-        assert command([str(tmp_path / name), str(tmp_path / "out.gguf")]) == 1
+        assert make_gguf([str(tmp_path / name), str(tmp_path / "out.gguf")]) == 1
         assert why in capsys.readouterr().err, name
-    assert command([str(tmp_path / "a.safetensors"), str(tmp_path / "out.safetensors")]) == 1
-    assert command([str(tmp_path / "a.safetensors"), str(tmp_path / "o.gguf"), "--architecture", "mine"]) == 0
+    assert make_gguf([str(tmp_path / "a.safetensors"), str(tmp_path / "out.safetensors")]) == 1
+    assert make_gguf([str(tmp_path / "a.safetensors"), str(tmp_path / "o.gguf"), "--architecture", "mine"]) == 0
     assert "does not know the architecture mine" in capsys.readouterr().out
     assert not (tmp_path / "out.gguf").exists() and not list(tmp_path.glob("*.part"))
 

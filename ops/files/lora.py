@@ -190,10 +190,20 @@ def load_adapters(path: str | os.PathLike[str], norm: str = "merged") -> Adapter
         AdapterError: it is missing, damaged, incomplete or of another kind.
     """
     path = Path(path)
-    state, metadata = _read_gguf(path) if _check_kind(path) else _read_safetensors(path)
+    state, metadata = read_tensors(path)
     # what holds no adapter, such as a trainer's own counters, tells nothing of names
     dialect = dialect_of(key for key in state if split_name(key) is not None)
     return AdapterFile(path, extra_dialects(state, norm), metadata, dialect)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A file's tensors under its own names (llama.cpp's as PEFT's, packed where they are), and what it says of itself.
+
+    Raises:
+        AdapterError: it is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    return _read_gguf(path) if _check_kind(path) else _read_safetensors(path)
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

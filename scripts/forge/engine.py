@@ -133,6 +133,10 @@ class Engine:
             self._wrap(self.host.networks, "load_lora_for_models", self._load_lora)
             if hasattr(self.host.networks, "load_networks"):
                 self._wrap(self.host.networks, "load_networks", self.prompt.load_networks)
+            if self.host.lists_loras:
+                self._wrap(self.host.networks, "process_network_files", self._list_loras)
+                self._wrap(self.host.networks, "load_lora_state_dict", self._read_lora)
+                self.host.networks.list_available_networks()  # which it has done before
         if self.host.prompt_loras is not None:
             self._wrap(self.host.prompt_loras, "activate", self.prompt.activate)
         if self.host.whole_model is not None:
@@ -150,6 +154,8 @@ class Engine:
         for number in self._added:
             self.host.types.pop(number, None)
         self._added.clear()
+        if self.host.lists_loras:
+            self.host.networks.list_available_networks()
         for model in list(self._models):
             self._bake_layers(model)
 
@@ -267,10 +273,27 @@ class Engine:
         # Forge would drop a file for what is refused
         return type(loaded)([*loaded, *ours, *(everything if refused else ())])
 
+    def _list_loras(self, original: Callable, names: Any = None) -> None:
+        original(names)
+        loras.list_gguf(self.host.networks, names)
+
+    def _read_lora(self, original: Callable, filename: Any) -> Any:
+        """A LoRA's tensors; of a GGUF file that cannot be read none, and a note says why."""
+        if not loras.is_gguf(filename):
+            return original(filename)
+        try:
+            return loras.read_gguf(filename)
+        except AdapterError as error:
+            self.prompt.notes.append(f"{os.path.basename(filename)} is left out: {error}")
+            self.host.loaded().current_lora_hash = None  # so that Forge asks again, with the next picture
+            return {}
+
     def _load_lora(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Forge's loader of one LoRA file, with names that it does not know."""
         bound = inspect.signature(original).bind(*args, **kwargs)
         given = bound.arguments
+        if not given["lora"]:  # of which it would count shares
+            return given.get("model"), given.get("clip")
         unet, clip = getattr(given.get("model"), "model", None), getattr(given.get("clip"), "cond_stage_model", None)
         norm = "merged" if unet is not None and next(self.layers(unet), None) is not None else "comfy"
         try:

@@ -105,6 +105,12 @@ class Host:
         made.gguf_cls = kind
         return made
 
+    @property
+    def lists_loras(self) -> bool:
+        """Whether its list of LoRA files, and what reads one, can be reached."""
+        names = ("process_network_files", "available_network_aliases", "list_available_networks")
+        return all(hasattr(self.networks, name) for name in (*names, "load_lora_state_dict"))
+
     def loaded(self) -> Any:
         """The checkpoint that Forge has loaded; None if there is none, or nobody to ask."""
         models = getattr(self.networks, "sd_models", None)

@@ -1,10 +1,10 @@
-"""LoRA files on their way to Forge's loader: names that it does not know, and what became of each file."""
+"""LoRA files on their way to Forge's loader: GGUF, names that it does not know, and what became of each file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +14,49 @@ from torch import nn
 from ...kernels import AdapterError
 from ...ops.adapters import Adapter
 from ...ops.files.dialects import LayerNames, Target, extra_dialects
-from ...ops.files.lora import Placed, host_key_of, place, target_of
+from ...ops.files.lora import Placed, host_key_of, place, read_tensors, target_of
+from ...ops.packed import PackedTensor, in_fp32
 from ...ops.report import FileReport, cause_of, describe, family_of, is_text_encoder, modules_of
 
 State = dict[str, torch.Tensor]
 Valued = Callable[[str, Adapter, torch.Size], Any]
 """``(parameter, adapter, shape of the part of it) -> value``; AdapterError where there is none."""
 
+GGUF = ".gguf"
+
 _WHOLE = (".diff", ".set_weight")
 _BESIDE_WHOLE = {*_WHOLE, ".diff_b", ".alpha"}
 _OF_BIAS = (".diff_b", ".b_norm")
+
+
+def list_gguf(networks: Any, names: Collection[str] | None = None) -> None:
+    """Put the GGUF files in Forge's folders of LoRAs into its list; of two files of one name its own is listed.
+
+    Args:
+        networks: Forge's module of that name.
+        names: the files that are looked for; None for all.
+    """
+    options, listed = networks.shared.cmd_opts, networks.available_networks
+    for folder in (options.lora_dir, *getattr(options, "lora_dirs", ())):
+        for path in networks.shared.walk_files(folder, allowed_extensions=[GGUF]):
+            name = os.path.splitext(os.path.basename(path))[0]
+            if (names and name not in names) or (name in listed and not is_gguf(listed[name].filename)):
+                continue
+            listed[name] = networks.available_network_aliases[name] = networks.network.NetworkOnDisk(name, path)
+
+
+def is_gguf(path: Any) -> bool:
+    return os.fspath(path).lower().endswith(GGUF)
+
+
+def read_gguf(path: str | os.PathLike[str]) -> State:
+    """A GGUF file of a LoRA as Forge's loader takes one of safetensors: what is packed is decoded, to fp32.
+
+    Raises:
+        AdapterError: it is damaged, or no LoRA.
+    """
+    state, _ = read_tensors(path)
+    return {name: in_fp32(weight) if isinstance(weight, PackedTensor) else weight for name, weight in state.items()}
 
 
 @dataclass(frozen=True)
@@ -204,4 +237,4 @@ def _shapes(model: nn.Module | None) -> dict[str, torch.Size]:
     return {key.removesuffix(".weight"): torch.Size(shape) for key, shape in named if len(shape) > 1}
 
 
-__all__ = ["Fate", "LoraFile"]
+__all__ = ["Fate", "LoraFile", "is_gguf", "list_gguf", "read_gguf"]

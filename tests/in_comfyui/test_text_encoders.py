@@ -42,6 +42,7 @@ from small import sd3  # noqa: F401  (fixture)
 from text_encoders import (
     LLAMA,
     clip_l_weights,
+    clip_weights,
     dense_clip,
     llama_shapes,
     shapes_of,
@@ -242,22 +243,49 @@ def test_it_is_saved_with_its_weights(flux, lora, tmp_path):
     assert all(torch.equal(weight, got[f"t5xxl.{key}"]) for key, weight in part.items())
 
 
+def write_clip(path: Path, weights: dict[str, torch.Tensor], kind_of: Any) -> dict[str, torch.Tensor]:
+    """A CLIP in a GGUF file, its matrices in the types of their names; the weights that are in it."""
+    stored, dense = {}, {}
+    for name, weight in weights.items():
+        kind = gguf.GGMLQuantizationType[kind_of(name) if weight.dim() == 2 else "F32"]
+        stored[name] = weight.numpy(), kind.name
+        dense[name] = torch.from_numpy(gguf.dequantize(encode(weight.numpy(), kind), kind).astype("float32"))
+    write_gguf(path, stored, path.stem)
+    return dense
+
+
 @pytest.fixture(scope="module")
 def clip_l(folder, load):
     """``(graft, dense)`` of a CLIP-L whose table of positions is quantized, too."""
-    stored, dense = {}, {}
-    for name, weight in clip_l_weights(seed=6).items():
-        kind = "Q8_0" if "position" in name else "F16" if weight.dim() == 2 else "F32"
-        stored[name] = weight.numpy(), kind
-        data = gguf.dequantize(encode(weight.numpy(), gguf.GGMLQuantizationType[kind]), gguf.GGMLQuantizationType[kind])
-        dense[name] = torch.from_numpy(data.astype("float32"))
-    write_gguf(folder / "clip_l.gguf", stored, "clip_l")
-    return load([str(folder / "clip_l.gguf")]), dense_clip([dense], "stable_diffusion")
+    path = folder / "clip_l.gguf"
+    dense = write_clip(path, clip_l_weights(seed=6), lambda name: "Q8_0" if "position" in name else "F16")
+    return load([str(path)]), dense_clip([dense], "stable_diffusion")
 
 
 def test_a_quantized_table_of_positions(clip_l, saved_again):
     assert furthest(*(encoded(clip) for clip in clip_l)) < 1e-5
     assert furthest(encoded(saved_again(clip_l[0])), encoded(clip_l[0])) == 0
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "sdxl"])
+def test_clip_g(kind, load, saved_again, tmp_path):
+    """Alone, as the refiner of SDXL reads, and beside CLIP-L, as SDXL does; its projection is read and saved."""
+    (tmp_path / "from").mkdir()
+    paths = [tmp_path / "from" / f"clip_{which}.gguf" for which in "gl"]
+    with small(clip_layers=3):  # SDXL reads with the last but one, and its CLIP-L has to have one before it
+        weights = [write_clip(paths[0], clip_weights("clip_config_bigg.json", 8), kind_in_clip_g)]
+        if kind == "sdxl":
+            weights.append(write_clip(paths[1], clip_l_weights(), lambda name: "F16"))
+        got = load(list(map(str, paths[: len(weights)])), kind)
+        # which is no type of the host's: of two CLIPs it makes SDXL's
+        want, again = dense_clip(weights, "stable_diffusion"), saved_again(got, kind)
+    assert hasattr(want.cond_stage_model, "clip_l") == (kind == "sdxl") and encoded(want)["pooled_output"].any()
+    assert furthest(encoded(got), encoded(want)) < 1e-5 and lora_error((got, want)) < 1e-4
+    assert furthest(encoded(again), encoded(got)) == 0 and lora_error((again, want)) < 1e-4
+
+
+def kind_in_clip_g(name: str) -> str:
+    return "Q4_0" if ".mlp." in name else "Q8_0"
 
 
 def test_a_merge(clip_l, flux):
@@ -362,13 +390,16 @@ def qwen(qwen_files):
         yield qwen_files
 
 
-def test_it_sees_with_the_projector_beside_it(qwen, load):
+def test_it_sees_with_the_projector_beside_it(qwen, load, saved_again):
     text, vision = qwen
     got, want = load([str(text.path)], "qwen_image"), dense_clip([text.dense | vision.dense], "qwen_image")
     picture = torch.rand(1, 56, 84, 3, generator=torch.Generator().manual_seed(1))
     assert furthest(encoded(got), encoded(want)) < 1e-5
     assert furthest(encoded(got, images=[picture]), encoded(want, images=[picture])) < 1e-5
     assert "sees with Qwen2.5-VL-mmproj-F16.gguf" in got.cond_stage_model.graft.summary
+    again = saved_again(got, "qwen_image", (str(vision.path),))
+    assert furthest(encoded(again, images=[picture]), encoded(got, images=[picture])) == 0
+    assert lora_error((got, want)) < 1e-4
 
 
 def test_without_a_projector_it_reads(qwen, load, tmp_path):
@@ -415,6 +446,18 @@ def test_a_damaged_projector_beside_it_stops_nothing(pack, qwen, load, folder):
     finally:
         projector.unlink()
         text.unlink()
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd.TEModel, "QWEN3_4B"), reason="this ComfyUI does not have it")
+def test_qwen3(folder, load, saved_again, monkeypatch):
+    """Z-Image reads with the last layer but one, which the host knows by a width that a small one does not have."""
+    with small(num_hidden_layers=3):
+        file = write(folder / "qwen3.gguf", MODEL_ARCH.QWEN3, llama_shapes("Qwen3_4B"), "Q5_K", heads("qwen3"))
+        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state: comfy.sd.TEModel.QWEN3_4B)
+        want, got = dense_clip([file.dense], "stable_diffusion"), load([str(file.path)])
+        again = saved_again(got)
+    assert furthest(encoded(got), encoded(want)) < 1e-5 and lora_error((got, want)) < 1e-4
+    assert furthest(encoded(again), encoded(got)) == 0
 
 
 NEWER = hasattr(comfy.sd.TEModel, "QWEN3VL_4B")
@@ -525,28 +568,41 @@ def read_tokenizer_by_file(monkeypatch: Any, path: Path) -> None:
         monkeypatch.setattr("comfy.text_encoders.flux.load_mistral_tokenizer", converted)
 
 
-@pytest.mark.skipif(not hasattr(comfy.sd.TEModel, "MINISTRAL_3_3B"), reason="this ComfyUI does not have it")
-def test_ministral_3(pack, folder, load, saved_again, monkeypatch, tmp_path):
-    """Its queries and keys are in another order in GGUF, and its tokenizer comes with it."""
+@pytest.mark.parametrize(
+    ("name", "cls", "arch", "kind", "sizes"),
+    [
+        ("MINISTRAL_3_3B", "Ministral3_3B", MODEL_ARCH.MISTRAL3, "stable_diffusion", {}),
+        # Flux.2 reads with three of its layers, the last of which is the 31st
+        (
+            "MISTRAL3_24B", "Mistral3Small24B", MODEL_ARCH.LLAMA, "flux2",
+            {"num_hidden_layers": 31, "intermediate_size": 128},
+        ),
+    ],
+)  # fmt: skip
+def test_mistral_3(name, cls, arch, kind, sizes, pack, folder, load, saved_again, monkeypatch, tmp_path):
+    """Queries and keys are in another order in GGUF, and the tokenizer comes with it."""
+    if not hasattr(comfy.sd.TEModel, name):
+        pytest.skip("this ComfyUI does not have it")
     read_tokenizer_by_file(monkeypatch, tmp_path / "tekken.json")
     original = samples.train_tekken(samples.DEFAULT_PATTERN)
-    shapes = with_vocabulary(llama_shapes("Ministral3_3B"), "model.embed_tokens.weight", original.get_vocab_size())
+    rows = original.get_vocab_size()
 
     def metadata(writer: gguf.GGUFWriter) -> None:
-        heads("mistral3")(writer)
+        heads(gguf.MODEL_ARCH_NAMES[arch])(writer)
         samples.add_tekken(writer, original)
 
-    file = write(folder / "ministral.gguf", MODEL_ARCH.MISTRAL3, shapes, "Q8_0", metadata)
-    rebuilt = pack("ops.files.tokenizers").tekken_model(pack("ops.files.gguf").open_gguf(file.path))
-    tokenizer = {"tekken_model": samples.stored(rebuilt)}
-    with small(vocab_size=original.get_vocab_size()):
+    with small(vocab_size=rows, **sizes):
+        shapes = llama_shapes(cls)
+        file = write(folder / f"{name}.gguf", arch, shapes, "Q8_0", metadata)
+        rebuilt = pack("ops.files.tokenizers").tekken_model(pack("ops.files.gguf").open_gguf(file.path))
+        tokenizer = {"tekken_model": samples.stored(rebuilt)}
         # which the host knows by a width that a small one does not have
-        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state: comfy.sd.TEModel.MINISTRAL_3_3B)
-        want = dense_clip([file.dense | tokenizer], "stable_diffusion")
-        got = load([str(file.path)])
-        again = saved_again(got)
+        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state: comfy.sd.TEModel[name])
+        want = dense_clip([file.dense | tokenizer], kind)
+        got = load([str(file.path)], kind)
+        again = saved_again(got, kind)
     assert furthest(encoded(got), encoded(want)) < 1e-5 and lora_error((got, want)) < 1e-4
-    assert furthest(encoded(again), encoded(got)) == 0
+    assert furthest(encoded(again), encoded(got)) == 0 and again.tokenize(WORDS) == got.tokenize(WORDS)
 
 
 @newer

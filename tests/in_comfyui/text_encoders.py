@@ -28,6 +28,7 @@ from gguf_samples import encode
 LLAMA = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 T5 = {"num_layers": 4, "d_model": 256, "d_ff": 512, "d_kv": 64, "num_heads": 4}
+CLIP_G = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 FEW = 2048  # rows of a weight that are really drawn and quantized
 VISION = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "num_heads": 4}
 
@@ -59,7 +60,7 @@ def small(clip_layers: int = 2, **sizes: int) -> Iterator[None]:
     """Within this, the host's text encoders are a few million weights large; their code is the host's own.
 
     Args:
-        clip_layers: of CLIP.
+        clip_layers: of CLIP-L; CLIP-G is known by its 32, and is narrow instead.
         sizes: of Llama and its like others than those above; the vocabulary's is that of T5, too.
     """
     init_llama, init_t5, init_clip, init_vision = ORIGINALS.values()
@@ -74,7 +75,8 @@ def small(clip_layers: int = 2, **sizes: int) -> Iterator[None]:
         init_t5(self, config | T5 | vocabulary, *args, **kwargs)
 
     def small_clip(self: Any, config: dict, *args: Any, **kwargs: Any) -> None:
-        init_clip(self, config | {"num_hidden_layers": clip_layers}, *args, **kwargs)
+        is_g = config["num_hidden_layers"] == 32
+        init_clip(self, config | (CLIP_G if is_g else {"num_hidden_layers": clip_layers}), *args, **kwargs)
 
     def small_vision(self: Any, *args: Any, **kwargs: Any) -> None:
         init_vision(self, *args, **kwargs | VISION)
@@ -158,12 +160,18 @@ def t5_shapes(config: str) -> dict[str, tuple[int, ...]]:
     return shapes_of(partial(comfy.text_encoders.t5.T5, json.loads((folder / config).read_text())))
 
 
+def clip_weights(config: str, seed: int) -> dict[str, torch.Tensor]:
+    """A CLIP of which the host has this file."""
+    sizes = json.loads((Path(comfy.sd1_clip.__file__).parent / config).read_text())
+    rng = np.random.default_rng(seed)
+    shapes = shapes_of(partial(comfy.clip_model.CLIPTextModel, sizes))
+    return {name: torch.from_numpy(_weight(name, shape, rng)) for name, shape in shapes.items()}
+
+
 def clip_l_weights(seed: int = 5) -> dict[str, torch.Tensor]:
     """Without the projection, as the file that comes with Flux."""
-    config = json.loads((Path(comfy.sd1_clip.__file__).parent / "sd1_clip_config.json").read_text())
-    rng = np.random.default_rng(seed)
-    shapes = shapes_of(partial(comfy.clip_model.CLIPTextModel, config))
-    return {k: torch.from_numpy(_weight(k, shape, rng)) for k, shape in shapes.items() if "text_projection" not in k}
+    weights = clip_weights("sd1_clip_config.json", seed)
+    return {name: weight for name, weight in weights.items() if "text_projection" not in name}
 
 
 def write(

@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import libgguf
 import numpy as np
 import torch
-from backend import args, memory_management, operations
+from backend import args, memory_management, operations, utils
 from backend.patcher.base import ModelPatcher
 from graft.kernels import by_name, dequantize
+from graft.ops.files.gguf import open_gguf
+from graft.ops.make import plan_model, write_model
+from graft.ops.packed import as_weight, in_fp32
+from graft.ops.recipes import recipe_named
 from graft.scripts.forge.engine import Engine
 from torch import nn
 
@@ -224,6 +229,20 @@ class Small:
         finally:
             hook.remove()
         return seen[0]
+
+    def saved(self, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a file that Graft makes of the model in fp32 answers, read by Forge, and the numbers in it in fp32."""
+        write_model(path, plan_model(self.plain.state_dict(), recipe_named("Q8_0"), self.what.cls), overwrite=True)
+        packed, plain = self._build("gguf"), copy.deepcopy(self.plain)
+        packed.load_state_dict(utils.load_torch_file(str(path)), strict=False)
+        tensors = open_gguf(path).tensors
+        assert sum(tensor.fmt.name == "Q8_0" for tensor in tensors.values()) >= 4
+        plain.load_state_dict({name: in_fp32(as_weight(tensor)) for name, tensor in tensors.items()}, strict=False)
+        patcher = ModelPatcher(packed, CPU, CPU)
+        patcher.partially_load(CPU, 1e32)
+        memory_management.bake_gguf_model(packed)
+        got, want = (model(**copy.deepcopy(self.inputs)) for model in (packed, plain))
+        return got, want
 
     def dense(self, strength: float | None = None) -> torch.Tensor:
         """The same by the model in fp32, with the LoRA in its weights."""

@@ -1261,6 +1261,17 @@ def eleven_architectures_with_a_lora_on_every_linear() -> None:
 
 
 @on_neo
+def files_that_graft_made_run_in_every_architecture() -> None:
+    import architectures
+
+    for name in architectures.ARCHITECTURES:
+        got, want = architectures.small(name, ENGINE).saved(FOLDER / "saved.gguf")
+        assert apart(got, want) <= 1e-5 and want.std() > 0, name
+        (FOLDER / "saved.gguf").unlink()
+    paths()
+
+
+@on_neo
 def a_region_finds_its_tokens_in_every_architecture_that_has_a_table() -> None:
     import architectures
 
