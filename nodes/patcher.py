@@ -53,6 +53,10 @@ _ORPHAN = (
     "another node copied this MODEL in a way that left its LoRAs behind: connect that node to the model loader, "
     "and the LoRAs behind it"
 )
+_ONLY_IN_THE_MODEL = (
+    "LoRAs by region, step or prompt work in the model alone: a node that works with a copy of its weights, such as a "
+    "Control-LoRA, works without these LoRAs"
+)
 KEY = "graft"
 """Under which our wrapper stands with the host."""
 
@@ -76,6 +80,7 @@ class Graft:
         notes: what the files say of themselves, beginnings of their texts.
         files: those that are mapped, to see before a run whether one was written to.
         network: the class of the diffusion model.
+        told: branches of which was said that not all of their LoRAs are in copies of the weights.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Graft:
         self.layers, self.sources, self.summary, self.files, self.notes = layers, sources, summary, files, notes
         self.factors = FactorCache(busy=_host_is_at_its_models)
         self.calls = calls_on(layers)
+        self.told: weakref.WeakSet[GraftPatcher] = weakref.WeakSet()
         self._loaded: Callable[[], GraftPatcher | None] = lambda: None
         self._loaded_here = threading.local()
         self.take_layers()
@@ -155,13 +161,21 @@ class Graft:
 
         Args:
             to_keep: by what reads it again and again: what adapters make of it is merged now, in memory of its own.
+                It works outside of model calls, so that adapters by region, step or prompt are left out of it.
         """
         layer, patcher = self.layer_of(key), self.loaded()
         assert layer is not None
-        shown = _plain(key, layer) if patcher is None else patcher.shown(key, layer)
-        if patcher is not None and to_keep and isinstance(shown, MergedTensor):
-            return shown.dequantize(patcher.compute_dtype())
-        return shown
+        if patcher is None:
+            return _plain(key, layer)
+        if not to_keep:
+            return patcher.shown(key, layer)
+        everything = patcher.residuals.patches.get(key, ())
+        kept = [steady for patch in everything if (steady := _steady(patch, layer.path))]
+        if len(kept) < len(everything) and patcher not in self.told:
+            self.told.add(patcher)
+            log.warning(_ONLY_IN_THE_MODEL)
+        shown = patcher.shown(key, layer, kept)
+        return shown.dequantize(patcher.compute_dtype()) if isinstance(shown, MergedTensor) else shown
 
     def return_to_file(self) -> None:
         """Let go of copies, on a device or in memory, and show the memory map again: nothing is copied back."""
@@ -470,9 +484,9 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
         layer = self.graft.layer_of(key)
         return value if layer is None else self.shown(key, layer)
 
-    def shown(self, key: str, layer: PackedLayer) -> torch.Tensor:
-        """A layer's weight or bias with the residuals of this branch in it, merged where somebody reads it."""
-        plain, patches = _plain(key, layer), tuple(self.residuals.patches.get(key, ()))
+    def shown(self, key: str, layer: PackedLayer, patches: Sequence[Patch] | None = None) -> torch.Tensor:
+        """A layer's weight or bias with these patches, or those of this branch, merged where somebody reads it."""
+        plain, patches = _plain(key, layer), tuple(self.residuals.patches.get(key, ()) if patches is None else patches)
         if not patches:
             return plain
         widened = [p.adapter.shape for p in patches if isinstance(p.adapter, Padded)]
@@ -481,9 +495,11 @@ class GraftPatcher(comfy.model_patcher.ModelPatcher):
 
     def merged(self, key: str, layer: PackedLayer, patches: Sequence[Patch] | None = None) -> torch.Tensor:
         """A layer's weight or bias with these patches, or those of this branch, in it: fp32, in memory of its own."""
-        weight = layer.dequantized() if key.endswith(".weight") else layer.bias.float().clone()
         patches = self.residuals.patches.get(key, ()) if patches is None else patches
-        return kinds.merge(weight, patches, lambda patch, w: merge(self, [patch], w, key))
+        return kinds.merge(
+            layer.dequantized() if key.endswith(".weight") else layer.bias.float().clone(),
+            patches, lambda patch, w: merge(self, [patch], w, key),
+        )  # fmt: skip
 
     def model_size(self) -> int:
         """Bytes that the host has to move; older ones would count the weights that the state dict shows."""
@@ -604,6 +620,13 @@ def _concat_cond(model: torch.nn.Module, layer: PackedLayer, shape: tuple[int, .
         return type(model).concat_cond(model, **kwargs)
     finally:
         layer.weight = held
+
+
+def _steady(patch: Patch, path: str) -> Patch | None:
+    """A patch with the one strength that it has in all calls of the layer at `path`; None if it has several."""
+    if patch.when is None or not patch.when.is_steady:
+        return patch if patch.when is None else None
+    return replace(patch, strength=patch.strength * patch.when.number(Call(), path), when=None)
 
 
 def _plain(key: str, layer: PackedLayer) -> torch.Tensor:

@@ -57,8 +57,13 @@ def _merged(tensor: torch.Tensor, patches: Sequence[Patch]) -> MergedTensor:
 
 
 def _merge(tensor: torch.Tensor, patches: Sequence[Patch]) -> torch.Tensor:
+    return kinds.merge(_own(tensor), patches)  # kept by no name here: it is gone once the first patch is in
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers in fp32, in memory of their own."""
     weight = in_fp32(tensor)
-    return kinds.merge(weight.clone() if weight is tensor else weight, patches)
+    return weight.clone() if weight is tensor else weight
 
 
 __all__ = ["with_loras"]

@@ -277,6 +277,11 @@ class Strength:
         everybody = self.applies_to == "all" or set(call.conditionings) == {self.applies_to}
         return self.mask is None and everybody
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether it is the same number in all calls, which may differ from layer to layer."""
+        return self.curve is None and self.mask is None and self.applies_to == "all"
+
     def rows(self, call: Call, path: str, lead: torch.Size, is_conv: bool, device: torch.device) -> torch.Tensor:
         """The rest of it: fp32, to multiply each row of a layer's activations with.
 

@@ -23,6 +23,8 @@ WHEN = (
     ":blocks=double=0.5, single=0",
 )  # fmt: skip
 OFF = {"override_settings": {"graft_mode": "off"}}
+KEPT = {"Blocks", "Curve", "Strength", "Picture", "Fate", "FileReport", "Choice"}
+"""Classes of what Graft keeps of what it has seen: at most 64 strengths, one report a file, one decode a type."""
 _PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 
@@ -31,16 +33,16 @@ class Churn:
 
     Attributes:
         done: how many of each way were made.
-        resident: MB that Forge holds after each.
-        checked: how often the base was looked at.
+        resident: MB that the system counts as Forge's after each.
+        alive: ``/toy/memory`` whenever the base was looked at.
     """
 
     def __init__(self, server: Server, seed: int) -> None:
         self.server, self.random = server, random.Random(seed)
         self.done: Counter[str] = Counter()
         self.resident: list[float] = []
-        self.checked = 0
-        self._bases: dict[str, tuple[np.ndarray, dict[str, str]]] = {}
+        self.alive: list[dict[str, Any]] = []
+        self._bases: dict[str, tuple[np.ndarray, dict[str, str], dict[str, int]]] = {}
 
     def run(self, count: int, each: int) -> None:
         """Make `count` pictures, and look at the base of the model that is loaded after every `each` of them."""
@@ -58,7 +60,7 @@ class Churn:
 
     def lora(self) -> str:
         name, when = self.random.choice(LORAS), self.random.choice(WHEN)
-        return f"<lora:{name}:{self.random.uniform(-1, 1):.2f}{when}>"
+        return f"<lora:{name}:{self.random.uniform(-1, 1):.2f}{when if self.server.has_graft else ''}>"
 
     def txt2img(self, kind: str, prompt: str) -> None:
         self.server.image(kind, prompt, batch_size=self.random.choice((1, 1, 2)))
@@ -95,17 +97,28 @@ class Churn:
             thread.join()
 
     def off(self, kind: str, prompt: str) -> None:
-        self.server.image(kind, prompt, **OFF)
+        self.server.image(kind, prompt, **(OFF if self.server.has_graft else {}))
 
     def check(self, kind: str) -> None:
-        """The picture without LoRAs and the packed bytes are what they were, and nothing runs beside a layer."""
+        """The picture without LoRAs, the packed bytes and Graft's objects are what they were, and no LoRA runs."""
+        if not self.server.has_graft:
+            self.server.image(kind)
+            self.alive.append(self.server.call("/toy/memory"))
+            return
         before = self.server.calls().get("residual", 0)
         picture, digests = self.server.image(kind)[0], self.server.call("/toy/digests")
         assert self.server.calls().get("residual", 0) == before, kind
-        known = self._bases.setdefault(kind, (picture, digests))
+        self.alive.append(self.server.call("/toy/memory"))
+        objects = {name: count for name, count in self.alive[-1]["objects"].items() if name not in KEPT}
+        known = self._bases.setdefault(kind, (picture, digests, objects))
         assert np.array_equal(picture, known[0]) and digests == known[1], kind
+        assert objects == known[2], (kind, objects, known[2])
         assert not self.server.status()["loras"] and not any(part["refused"] for part in self.server.status()["parts"])
-        self.checked += 1
+
+    @property
+    def used(self) -> list[float]:
+        """MB that the process had in use whenever the base was looked at."""
+        return [alive["used"] / 1e6 for alive in self.alive]
 
 
 def resident(pid: int) -> float:
@@ -115,9 +128,11 @@ def resident(pid: int) -> float:
 
 
 def told(churn: Churn) -> dict[str, Any]:
-    """What came of it, for people."""
-    memory = " to ".join(f"{size:.0f}" for size in (churn.resident[0], churn.resident[-1]))
-    return {**churn.done, "looked at the base": churn.checked, "MB": memory}
+    """What came of it, for people; sizes in MB."""
+    course = {"resident": churn.resident, "in use": churn.used}
+    course |= {name: [alive[name] / 1e6 for alive in churn.alive] for name in ("tensors", "free")}
+    sizes = {name: f"{of[0]:.0f} to {of[-1]:.0f}, at most {max(of):.0f}" for name, of in course.items()}
+    return {**churn.done, "looked at the base": len(churn.alive), **sizes}
 
 
 __all__ = ["Churn", "resident", "told"]

@@ -34,6 +34,7 @@ WIDTH, DEPTH = 256, 2
 TYPES = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")
 MIXED = ("Q4_K", "Q4_0", "Q5_0", "Q6_K", "Q8_0", "IQ3_S")
 CREDENTIALS = "toy:secret"
+GRAFT = "any-name-at-all"
 EXTENSION = Path(__file__).parent / "in_forge" / "toy_extension"
 
 
@@ -262,6 +263,7 @@ class Server:
 
     def __init__(self, host: Forge, url: str, folder: Path, process: subprocess.Popen) -> None:
         self.host, self.url, self.folder, self.process = host, url, folder, process
+        self.has_graft = (folder / "extensions" / GRAFT).exists()
         self.modules = [
             str(folder / "models" / name)
             for name in ("text_encoder/toy-clip.safetensors", "text_encoder/toy-t5.gguf", "VAE/toy-vae.safetensors")
@@ -316,7 +318,7 @@ class Server:
         """How often the UI has started; a server that is going away may never answer."""
         return self.call("/toy/starts", timeout=5)
 
-    def wait(self, ready: Any, seconds: float = 120) -> None:
+    def wait(self, ready: Any, seconds: float = 300) -> None:
         """Ask until `ready()` is true; a server that is starting refuses connections."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
@@ -329,13 +331,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(host: Forge, folder: Path, *flags: str) -> Iterator[Server]:
-    """Forge with toy models in `folder` and this checkout as one of its extensions, for as long as the block runs."""
+def serving(host: Forge, folder: Path, *flags: str, graft: bool = True) -> Iterator[Server]:
+    """Forge with toy models in `folder` and this checkout as one of its extensions, for as long as the block runs.
+
+    Args:
+        graft: False for a Forge without it.
+    """
     with host.starting():
         write_models(host, folder / "models")
     extensions = folder / "extensions"
     extensions.mkdir()
-    (extensions / "any-name-at-all").symlink_to(ROOT, target_is_directory=True)
+    if graft:
+        (extensions / GRAFT).symlink_to(ROOT, target_is_directory=True)
     shutil.copytree(EXTENSION, extensions / "toy", ignore=shutil.ignore_patterns("__pycache__"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

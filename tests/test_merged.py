@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from graft.ops import layers
+from graft.ops.baked import with_loras
 from graft.ops.merged import MergedTensor
 from safetensors.torch import save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WANTED = torch.arange(12.0).reshape(3, 4)
 
@@ -81,3 +87,41 @@ def test_copies_and_files_hold_the_numbers(weight, tmp_path) -> None:
 def test_it_is_never_written_to(weight, write) -> None:
     with pytest.raises(TypeError, match="read-only"):
         write(weight)
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and somebody holds.
+
+    Attributes:
+        most: that were held at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._alive = 0, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            storage = made.untyped_storage()
+            self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: (held, size) for key, (held, size) in self._alive.items() if not held.expired()}
+        self.most = max(self.most, sum(size for _, size in self._alive.values()))
+        return made
+
+
+of_older_pythons = pytest.mark.skipif(sys.version_info < (3, 11), reason="a caller holds what it has passed")
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=of_older_pythons)])
+def test_loras_are_merged_in_the_memory_of_two_weights(count: int, tmp_path: Path) -> None:
+    rows, columns, rank = 512, 256, 2
+    factors = {"lora_A.weight": torch.randn(rank, columns), "lora_B.weight": torch.randn(rows, rank)}
+    save_file({f"diffusion_model.proj.{name}": w for name, w in factors.items()}, tmp_path / "lora.safetensors")
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+    (merged,) = with_loras({"proj.weight": weight}, [(tmp_path / "lora.safetensors", 0.5)] * count).values()
+    with Held() as held:
+        got = merged.dequantize()
+    wanted = weight.float() + count * 0.5 * factors["lora_B.weight"] @ factors["lora_A.weight"]
+    torch.testing.assert_close(got, wanted)
+    assert held.most == 2 * 4 * rows * columns

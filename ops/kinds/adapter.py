@@ -116,10 +116,10 @@ class Adapter:
         return self.output(p, at, f(x), x, s)
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
-        """ΔW in full, in the shape, dtype and place of `weight`, for norms and the exact path."""
+        """ΔW in full, in the shape, dtype and place of `weight` and in memory of its own, for norms and merging."""
         factors = self.low_rank()
-        return (factors.up.to(weight) @ factors.down.to(weight) * factors.scale).reshape(weight.shape)
+        return (factors.up.to(weight) @ factors.down.to(weight)).mul_(factors.scale).reshape(weight.shape)
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
-        """W' in full, as a new tensor."""
-        return weight + s * self.delta(weight)
+        """W' in full, as a new tensor; beside W and W' there is no third of their size."""
+        return self.delta(weight).mul_(s).add_(weight)

@@ -70,7 +70,7 @@ class DoRA(Adapter):
             return current.row_norms()
         if not self.inner.is_low_rank:
             weight = current.dense()
-            return self._norms_of(weight + self.inner.delta(weight))
+            return self._norms_of(self.inner.delta(weight).add_(weight))
         factors = self.inner.low_rank()
         squares: list[torch.Tensor] = []
         for rows, weight in current.chunks():
@@ -119,8 +119,8 @@ class DoRA(Adapter):
         return y.addcmul_(difference if through is None else difference + s * through, at.spread(p.c, y))
 
     def merged(self, weight: torch.Tensor, s: float) -> torch.Tensor:
-        whole = weight + self.inner.delta(weight)
+        whole = self.inner.delta(weight).add_(weight)
         own = self.axis == 0 and self.norm == "comfy"
         c = self._ratio(self._norms_of(weight if own else whole), "weight").to(weight.device)
         c = c.reshape((-1, *(1,) * (weight.dim() - 1)) if self.axis == 0 else (1, -1, *(1,) * (weight.dim() - 2)))
-        return weight + s * (c * whole - weight)
+        return whole.mul_(c).sub_(weight).mul_(s).add_(weight)

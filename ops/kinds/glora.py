@@ -66,4 +66,4 @@ class GLoRA(Adapter):
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         a1, a2, b1, b2 = (t.to(weight).flatten(1) for t in (self.a1, self.a2, self.b1, self.b2))
         through = torch.einsum("oi...,ir,rj->oj...", weight, a1, a2)
-        return (through + (b1 @ b2).reshape(weight.shape)) * self.scale
+        return (b1 @ b2).reshape(weight.shape).add_(through).mul_(self.scale)

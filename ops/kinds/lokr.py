@@ -140,7 +140,7 @@ class LoKr(Adapter):
         else:
             w2_a, w2_b = self._second()
             w2 = w2_a.to(weight) @ w2_b.to(weight)
-        return (torch.kron(w1.contiguous(), w2.contiguous()) * self.scale).reshape(weight.shape)
+        return torch.kron(w1.contiguous(), w2.contiguous()).mul_(self.scale).reshape(weight.shape)
 
 
 def _product_shape(

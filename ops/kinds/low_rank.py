@@ -161,4 +161,4 @@ class LoHa(Adapter):
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         (w1_a, w1_b), (w2_a, w2_b) = ((a.to(weight), b.to(weight)) for a, b in self._pairs())
-        return ((w1_a @ w1_b) * (w2_a @ w2_b) * self.scale).reshape(weight.shape)
+        return (w1_a @ w1_b).mul_(w2_a @ w2_b).mul_(self.scale).reshape(weight.shape)

@@ -60,7 +60,7 @@ class Merge(SecondWeight):
         return {"weight": self.delta(current.base())}
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
-        return merge(Diff(self.weight).delta(weight).clone(), self.patches)
+        return merge(Diff(self.weight).delta(weight), self.patches)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -87,7 +87,7 @@ class Part(Adapter):
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         whole = self.inner.delta(weight.new_empty((self.whole, *weight.shape[1:])))
-        return whole.narrow(0, self.start, self.length)
+        return whole.narrow(0, self.start, self.length).clone()  # the other rows would be held with a part of them
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -52,8 +52,9 @@ class Diff(SecondWeight):
         return linear(x, diff.packed, diff.fmt, rows=diff.shape[0], scale=diff.scale) * s
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
-        diff = self.diff.dequantize(torch.float32) if isinstance(self.diff, PackedTensor) else self.diff
-        return diff.to(weight)
+        if isinstance(self.diff, PackedTensor):
+            return self.diff.dequantize(torch.float32).to(weight)
+        return self.diff.to(weight, copy=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

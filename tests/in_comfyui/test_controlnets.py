@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.cldm.cldm
 import comfy.controlnet
+import comfy.lora
 import comfy.model_management
 import comfy.ops
 import nodes
@@ -69,6 +70,26 @@ def test_a_control_lora_runs_on_the_models_own_weights(unets):
         assert distance(want, plain) > 0.01, "the control has no effect to compare"
         assert distance(controlled(ours, architecture, control_lora(graft)), want) < TOLERANCE
     assert fingerprint(graft) == before
+
+
+def test_a_lora_by_region_or_step_stays_out_of_a_control_lora(pack, unets, caplog):
+    """Where the mask is black it is nowhere: the control is the one of the model without it, and with the others."""
+    architecture, graft, dense = unets
+    strengths = pack("ops.strengths")
+    shapes = {key: value.shape for key, value in dense.model.state_dict().items()}
+    first, second = (make_lora(dense.model, shapes, "native", architecture.lora_layers, seed=seed) for seed in (3, 4))
+    patches = comfy.lora.load_lora(first, comfy.lora.model_lora_keys_unet(graft.model, {}))
+    nowhere = strengths.Strength(mask=torch.zeros(1, 8, 8))
+    half = strengths.Strength(blocks=strengths.Blocks.parse("* = 0.5"))
+    for when, more, strength in ((nowhere, {}, 0.0), (nowhere, second, 0.0), (half, second, 0.4)):
+        plain, theirs = (with_lora(m, more, 0.6) if more else m.clone() for m in (graft, dense))
+        branch = plain.clone()
+        assert branch.add_patches(patches, 0.8, when=when)
+        theirs = with_lora(theirs, first, strength) if strength else theirs
+        caplog.clear()
+        want = controlled(theirs, architecture, control_lora(dense))
+        assert distance(controlled(branch, architecture, control_lora(branch)), want) < TOLERANCE
+        assert caplog.text.count("such as a Control-LoRA, works without") == (when is nowhere)
 
 
 def test_what_a_controlnet_of_sd35_copies_are_weights(sd3, loras):  # noqa: F811

@@ -1,7 +1,10 @@
 """A Forge extension for the tests alone: shrinks the sizes that Forge's loader has fixed for Flux, and tells more."""
 
+import ctypes
+import gc
 import hashlib
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import huggingface_guess
@@ -57,6 +60,36 @@ def digests():
     }
 
 
+class Allocated(ctypes.Structure):
+    """glibc's ``mallinfo2``, of all arenas."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def memory():
+    """What is alive once all that can go is gone: Graft's objects by class, and bytes of tensors.
+
+    And bytes that the C library has given out, and those that it keeps free for later, which the system counts as the
+    process's all the same.
+    """
+    gc.collect()
+    everything = gc.get_objects()
+    ours = Counter(type(o).__qualname__ for o in everything if str(type(o).__module__).startswith("graft_gguf."))
+    tensors = (o for o in everything if issubclass(type(o), torch.Tensor))
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta")
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Allocated
+    found = mallinfo2()
+    used = found.uordblks + found.hblkhd
+    return {"objects": ours, "tensors": sum(sizes.values()), "used": used, "free": found.fordblks}
+
+
 def online(on: bool):
     """Forge's own choice between merging LoRAs and keeping them on the layers, as its drop-down list does it."""
     shared.opts.set("forge_unet_storage_dtype", "Automatic (fp16 LoRA)" if on else "Automatic")
@@ -75,6 +108,7 @@ STARTS = shared.__dict__.setdefault("toy_starts", [])
 def add_routes(_, app):
     STARTS.append(1)
     app.add_api_route("/toy/digests", digests, methods=["GET"])
+    app.add_api_route("/toy/memory", memory, methods=["GET"])
     app.add_api_route("/toy/online", online, methods=["POST"])
     app.add_api_route("/toy/overrides", overrides, methods=["POST"])
     app.add_api_route("/toy/starts", lambda: len(STARTS), methods=["GET"])
