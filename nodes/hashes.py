@@ -115,11 +115,11 @@ class Library:
         known = Known(*before, digest, url_of(path))
         self._known = {**_read(self._place), **self._known, path: known}  # another process may have read others
         self.version += 1
-        self._tell(path, known)
         try:
             _write(self._place, self._known)
         except OSError as error:  # it is known for as long as this process runs
             log.warning("SHA-256 of model files cannot be kept in %s: %s", self._place, error.strerror)
+        self._tell(path, known)
 
     def _wait(self) -> None:
         while self._is_busy():
