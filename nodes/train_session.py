@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 STATE = ".training"
 """Ending of the file that a later run goes on from."""
+ROWS = "graft.rows"
+"""In a file's metadata, which rows of fused layers learn: the tensors are of whole layers, as loaders know them."""
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 HOME = "the loras folder"
 
@@ -117,12 +119,13 @@ class Session:
         inputs, patches = self.inputs, self.patcher.residuals.patches
         layers = self.patcher.graft.layers
         if inputs.resume_from == NONE:
-            wanted = targets(self.patcher, inputs.layers, inputs.pattern, inputs.kind)
+            wanted = targets(self.patcher, inputs.layers, inputs.pattern)
             return Training(
                 layers, wanted, inputs.kind, inputs.rank, inputs.alpha, inputs.seed & (2**62 - 1), before=patches
             )
         file = load_adapters(found_lora(inputs.resume_from).present(HOME), "comfy")
-        return Training.going_on(layers, file.on(layers, norm="comfy").placed, patches)
+        told = file.metadata.get(ROWS, "")
+        return Training.going_on(layers, file.on(layers, norm="comfy").placed, patches, told)
 
     def _go_on(self) -> None:
         path = found_lora(self.inputs.resume_from).present(HOME)
@@ -346,6 +349,7 @@ class Session:
             "ss_sd_model_name": os.path.basename(base) if base else "",
             "ss_new_sd_model_hash": _digest_of_base(base) if base else "",
             "graft.trained_on": self.patcher.graft.summary,
+            ROWS: training.rows(),
         }
         return {name: value for name, value in told.items() if value}
 
