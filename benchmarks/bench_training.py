@@ -12,9 +12,10 @@ pictures, at fixed shares of noise; much of it cannot be predicted from noise.
 is |v - v'| / |v| over 16 other prompts, as there, and so is what stands against it: some layers in the next larger
 type, for the same bytes.
 
-"cost": a LoRA of rank 16 on all layers of four blocks of Wan 1.3B (186 million weights), a picture of 256x256, bf16.
-Each way runs in a process of its own; its peak is that of the process in training, less what it was before the model
-was there. PEFT trains on torch's own layers with weights in bf16.
+"cost": a LoRA of rank 16 on all layers of four blocks of Wan 1.3B (186 million weights), a picture of 256x256.
+Each way runs in a process of its own, one after the other, `--turns` times; its peak is that of the process in
+training, less what it was before the model was there. PEFT trains on torch's own layers with weights in bf16 or fp32;
+Graft computes in bf16. Shown are the medians of the turns, and the least and the most.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import csv
 import functools
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -285,25 +287,24 @@ def repairs(bench: RepairBench, options: argparse.Namespace, note: Callable[...,
 
 WIDTH, MLP, DEPTH, SIDE = 1536, 8960, 4, 32
 """Wan 1.3B, but for its depth, which is 30; latent cells on a side."""
-WAYS = ("Graft, Q4_K", "PEFT, bf16", "Graft, Q4_K, checkpointing", "PEFT, bf16, checkpointing")
+WAYS = ("Graft, Q4_K", "PEFT, bf16", "PEFT, fp32", "Graft, Q4_K, checkpointing", "PEFT, bf16, checkpointing")
+DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What a model without packed weights is in."""
 COST_STEPS = 4
 LIKE = 64
 """Rows of a weight that differ; what decodes and multiplies them does not care."""
 
 
 def large(type_name: str) -> Wan:
-    """Random weights, in every block the same ones, in memory of their own; bf16, or packed."""
-    one = Wan(WIDTH, MLP, 1).bfloat16().state_dict()
+    """Random weights, in every block the same ones, in memory of their own; packed, or of `DENSE`."""
+    one = Wan(WIDTH, MLP, 1).to(DENSE.get(type_name, torch.bfloat16)).state_dict()
     state = {name: tensor for name, tensor in one.items() if not name.startswith("blocks.")}
     for name in one.keys() - state.keys():
-        matrix = type_name != "bf16" and one[name].dim() == 2
+        matrix = type_name not in DENSE and one[name].dim() == 2
         held = repeated(one[name], type_name) if matrix else one[name]
         for index in range(DEPTH):
-            copy = (
-                held if not isinstance(held, PackedTensor) else PackedTensor(held.packed.clone(), held.fmt, held.shape)
-            )
-            state[name.replace("blocks.0.", f"blocks.{index}.")] = copy if copy is not held else held.clone()
-    if type_name == "bf16":
+            state[name.replace("blocks.0.", f"blocks.{index}.")] = copied(held)
+    if type_name in DENSE:
         with torch.device("meta"):
             model = Wan(WIDTH, MLP, DEPTH)
         model.load_state_dict(state, assign=True)
@@ -342,9 +343,9 @@ def with_peft(model: Wan) -> None:
 def cost_of(way: str) -> dict[str, float]:
     """Seconds a step, the median, and MiB at most beyond what was there before the model."""
     tool, type_name, *saving = way.split(", ")
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 32, 1, SIDE, SIDE, generator=random).bfloat16()
-    context = torch.randn(1, 256, 4096, generator=random).bfloat16()
+    random, dtype = torch.Generator().manual_seed(1), DENSE.get(type_name, torch.bfloat16)
+    x = torch.randn(1, 32, 1, SIDE, SIDE, generator=random).to(dtype)
+    context = torch.randn(1, 256, 4096, generator=random).to(dtype)
     at, before, model = torch.tensor([500.0]), memory("VmRSS"), large(type_name)
     with contextlib.ExitStack() as stack:
         if tool == "Graft":
@@ -382,12 +383,28 @@ def costs(_: Any, options: argparse.Namespace, note: Callable[..., None]) -> Non
             found[way].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     print("\n| | a step | peak memory |\n|---|---|---|")
     for way, measured in found.items():
-        seconds, mib = (statistics.median(one[key] for one in measured) for key in ("seconds", "mib"))
-        note("cost", way=way, seconds=f"{seconds:.2f}", mib=f"{mib:.0f}")
-        print(f"| {way} | {seconds:.1f} s | {mib / 1024:.2f} GiB |", flush=True)
+        seconds, mib = (sorted(one[key] for one in measured) for key in ("seconds", "mib"))
+        note(
+            "cost", way=way, turns=len(measured), seconds=f"{statistics.median(seconds):.2f}",
+            seconds_least=f"{seconds[0]:.2f}", seconds_most=f"{seconds[-1]:.2f}", mib=f"{statistics.median(mib):.0f}",
+            mib_least=f"{mib[0]:.0f}", mib_most=f"{mib[-1]:.0f}",
+        )  # fmt: skip
+        gib = [one / 1024 for one in (statistics.median(mib), mib[0], mib[-1])]
+        print(
+            f"| {way} | {statistics.median(seconds):.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}) | "
+            f"{gib[0]:.2f} GiB ({gib[1]:.2f} to {gib[2]:.2f}) |", flush=True,
+        )  # fmt: skip
 
 
 PARTS = {"styles": styles, "repair": repairs, "cost": costs}
+
+
+def machine() -> str:
+    """The processor, what it multiplies with, and how many threads do."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+    capability = "AVX512-BF16" if "avx512_bf16" in told else torch.backends.cpu.get_cpu_capability()
+    return f"{name[1] if name else platform.machine()}, {capability}, {torch.get_num_threads()} threads"
 
 
 class Notes:
@@ -395,7 +412,8 @@ class Notes:
 
     FIELDS = (
         "part", "style", "learnt_on", "run_on", "loss", "rank", "plain", "untrained", "trained", "bits", "larger",
-        "mixed", "way", "seconds", "mib", "torch", "machine",
+        "mixed", "way", "turns", "seconds", "seconds_least", "seconds_most", "mib", "mib_least", "mib_most", "torch",
+        "machine",
     )  # fmt: skip
 
     def __init__(self, path: Path) -> None:
@@ -403,7 +421,7 @@ class Notes:
         self.lines: list[dict[str, str]] = []
 
     def __call__(self, part: str, **values: Any) -> None:
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        about = {"torch": torch.__version__, "machine": machine()}
         self.lines.append({"part": part, **{k: str(v) for k, v in values.items()}, **about})
 
     def write(self) -> None:
@@ -434,7 +452,7 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "training", help="what has been learnt so far")
     parser.add_argument("--repaired", nargs="+", choices=REPAIRS, default=list(REPAIRS))
     parser.add_argument("--repair-steps", type=int, default=REPAIR_STEPS)
-    parser.add_argument("--turns", type=int, default=2, help="of each way in the part on costs")
+    parser.add_argument("--turns", type=int, default=3, help="of each way in the part on costs")
     parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "training.png")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cost-of", choices=WAYS, help=argparse.SUPPRESS)
