@@ -35,7 +35,7 @@ from .patcher import GraftPatcher
 from .plot import loss_plot, smoothed
 from .save_lora import free_path
 from .train_targets import targets
-from .training import Example, Prepared, examples_of, memory_for, run
+from .training import Example, Prepared, examples_of, memory_for, run, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class Session:
         picked = [self.examples[index] for index in self.run.examples(len(self.examples), size)]
         random = self.run.random()
         even = (torch.randperm(size, generator=random) + torch.rand(size, generator=random)) / size
-        noise = [torch.randn(example.latent.shape, generator=random) for example in picked]
+        noise = [torch.randn(model.shape(example), generator=random) for example in picked]
         parts = []
         for group in model.batches(picked):
             for first in range(0, len(group), self.inputs.batch_size):
@@ -266,7 +266,7 @@ class Session:
 
     def _sample(self) -> None:
         """Draw a picture with what has been learnt so far, and show it."""
-        latent = torch.zeros_like(self.examples[0].latent)
+        latent = torch.zeros(shape_of(self.patcher.model, self.examples[0]))
         noise = comfy.sample.prepare_noise(latent, self.inputs.seed)
         positive, last = [self.examples[0].cond], {}
 

@@ -337,7 +337,10 @@ class Model(nn.Module):
 
 
 def model() -> Model:
-    made = Model()
+    return filled_with_small(Model())
+
+
+def filled_with_small(made):
     for index, layer in enumerate(packed_layers(made).values()):
         filled(layer, by_name("Q8_0"), seed=10 * index)
         layer.weight.data.view(-1, 34)[:, 1] = 0x20  # scales near 2^-7
@@ -380,6 +383,49 @@ def test_checkpointing_gives_the_same_gradients_with_what_was_beside_the_layers(
     assert_close(inside, want, 1e-6)
     assert all("forward" not in vars(block) for block in made.blocks)
     assert all(layer.residual is None for layer in found.values())
+
+
+class Telling(nn.Module):
+    """A block that works something out for those behind it, into an object and a list that all are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.Linear(64, 96), layers.Linear(96, 64)
+
+    def forward(self, x, emb, cache, seen):
+        if "emb" not in cache.held:
+            cache.held["emb"] = {"in parts": emb.chunk(2, -1)}
+            seen.append(torch.tanh(emb))
+        shift, scale = cache.held["emb"]["in parts"]
+        return x + self.second(F.silu(self.first(x))) * scale + shift * seen[0].mean()
+
+
+class Cache:
+    def __init__(self):
+        self.held, self.prefix = {}, "blocks"
+
+
+def test_what_a_block_works_out_for_others_has_its_gradient():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.blocks = layers.Linear(32, 128), nn.ModuleList(Telling() for _ in range(3))
+
+        def forward(self, x):
+            emb, cache, seen = self.embed(x), Cache(), []
+            x = emb[:, :64]
+            for block in self.blocks:
+                x = block(x, emb, cache=cache, seen=seen)
+            assert len(seen) == 1 and list(cache.held) == ["emb"]
+            return x
+
+    made, x = filled_with_small(Model()), normal(4, 32)
+    training = shaken(everywhere(made))
+    with training.beside():
+        want = way_back(made(x).square().mean(), training)
+        with checkpointed(made):
+            got = way_back(made(x).square().mean(), training)
+    assert_close(got, want, 1e-6)
 
 
 def way_back(loss: torch.Tensor, training: Training) -> list[torch.Tensor]:

@@ -47,11 +47,13 @@ def test_it_trains(pack, tmp_path, name):
                 graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
             before, held = output_of(graft, tiny), fingerprint(graft)
             context = None if tiny.context is None else noise(1, *tiny.context)
+            latent = graft.model.process_latent_out(noise(*tiny.latent))  # as a VAE's node gives it
             given = {
-                "model": [graft], "latents": [{"samples": noise(*tiny.latent)}],
+                "model": [graft], "latents": [{"samples": latent}],
                 "positive": [[[context, tiny.brings(noise)]]],
                 "steps": [2], "learning_rate": [1e-2], "rank": [2], "layers": ["all"], "filename_prefix": ["loras/x"],
                 "trigger_phrase": [""], "seed": [0],
+                "optimizer": ["SGD"],  # its steps are as the gradients are, where Adam's make much of their last digits
             }  # fmt: skip
             trained = [
                 pack("nodes.train").GraftTrainLora().train(**given, gradient_checkpointing=[saving])["result"][1]
@@ -61,7 +63,7 @@ def test_it_trains(pack, tmp_path, name):
         ups = [
             torch.cat([value.flatten() for key, value in sorted(lora.items()) if "lora_up" in key]) for lora in trained
         ]
-        assert ups[0].norm() > 0 and distance(ups[1], ups[0]) < 1e-2
+        assert ups[0].norm() > 0 and distance(ups[1], ups[0]) < 1e-3
     finally:
         graft = None
         forget()
