@@ -15,7 +15,8 @@ type, for the same bytes.
 "cost": a LoRA of rank 16 on all layers of four blocks of Wan 1.3B (186 million weights), a picture of 256x256.
 Each way runs in a process of its own, one after the other, `--turns` times; its peak is that of the process in
 training, less what it was before the model was there. PEFT trains on torch's own layers with weights in bf16 or fp32;
-Graft computes in bf16. Shown are the medians of the turns, and the least and the most.
+Graft computes in bf16. Shown are the medians of the turns, and the least and the most. The processor's time changes
+less where other programs use the machine: with OMP_NUM_THREADS=1, since threads that wait for each other count, too.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def with_peft(model: Wan) -> None:
 
 
 def cost_of(way: str) -> dict[str, float]:
-    """Seconds a step, the median, and MiB at most beyond what was there before the model."""
+    """Seconds a step, the median, by the clock and of all cores, and MiB beyond what was there before the model."""
     tool, type_name, *saving = way.split(", ")
     random, dtype = torch.Generator().manual_seed(1), DENSE.get(type_name, torch.bfloat16)
     x = torch.randn(1, 32, 1, SIDE, SIDE, generator=random).to(dtype)
@@ -358,15 +359,16 @@ def cost_of(way: str) -> dict[str, float]:
             parameters = [p for name, p in model.named_parameters() if "lora_" in name]
             for block in model.blocks if saving else ():
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        optimizer, times = torch.optim.AdamW(parameters, lr=1e-4), []
+        optimizer, times = torch.optim.AdamW(parameters, lr=1e-4), list[tuple[float, float]]()
         Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
         for _ in range(COST_STEPS):
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             model(x, at, context).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            times.append(time.perf_counter() - begin)
-    return {"seconds": statistics.median(times), "mib": memory("VmHWM") - before}
+            times.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    seconds, cpu_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": memory("VmHWM") - before}
 
 
 def memory(field: str) -> float:
@@ -381,19 +383,20 @@ def costs(_: Any, options: argparse.Namespace, note: Callable[..., None]) -> Non
         for way in WAYS:
             command = [sys.executable, __file__, "--cost-of", way]
             found[way].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    print("\n| | a step | peak memory |\n|---|---|---|")
+    print("\n| | a step | of it the processor's, all cores | peak memory |\n|---|---|---|---|")
     for way, measured in found.items():
-        seconds, mib = (sorted(one[key] for one in measured) for key in ("seconds", "mib"))
-        note(
-            "cost", way=way, turns=len(measured), seconds=f"{statistics.median(seconds):.2f}",
-            seconds_least=f"{seconds[0]:.2f}", seconds_most=f"{seconds[-1]:.2f}", mib=f"{statistics.median(mib):.0f}",
-            mib_least=f"{mib[0]:.0f}", mib_most=f"{mib[-1]:.0f}",
-        )  # fmt: skip
-        gib = [one / 1024 for one in (statistics.median(mib), mib[0], mib[-1])]
-        print(
-            f"| {way} | {statistics.median(seconds):.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}) | "
-            f"{gib[0]:.2f} GiB ({gib[1]:.2f} to {gib[2]:.2f}) |", flush=True,
-        )  # fmt: skip
+        spread = {key: _spread([one[key] for one in measured]) for key in ("seconds", "cpu_seconds", "mib")}
+        figures = {f"{key}{end}": f"{value:.2f}" for key, values in spread.items() for end, value in values.items()}
+        note("cost", way=way, turns=len(measured), **figures)
+        shown = [
+            f"{values[''] / scale:.2f} {unit} ({values['_least'] / scale:.2f} to {values['_most'] / scale:.2f})"
+            for values, scale, unit in zip(spread.values(), (1, 1, 1024), ("s", "s", "GiB"), strict=True)
+        ]
+        print(f"| {way} | {' | '.join(shown)} |", flush=True)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"": statistics.median(values), "_least": min(values), "_most": max(values)}
 
 
 PARTS = {"styles": styles, "repair": repairs, "cost": costs}
@@ -404,7 +407,8 @@ def machine() -> str:
     told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
     capability = "AVX512-BF16" if "avx512_bf16" in told else torch.backends.cpu.get_cpu_capability()
-    return f"{name[1] if name else platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name[1] if name else platform.machine()}, {capability}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Notes:
@@ -412,8 +416,8 @@ class Notes:
 
     FIELDS = (
         "part", "style", "learnt_on", "run_on", "loss", "rank", "plain", "untrained", "trained", "bits", "larger",
-        "mixed", "way", "turns", "seconds", "seconds_least", "seconds_most", "mib", "mib_least", "mib_most", "torch",
-        "machine",
+        "mixed", "way", "turns", "seconds", "seconds_least", "seconds_most", "cpu_seconds", "cpu_seconds_least",
+        "cpu_seconds_most", "mib", "mib_least", "mib_most", "torch", "machine",
     )  # fmt: skip
 
     def __init__(self, path: Path) -> None:
