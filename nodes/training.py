@@ -211,7 +211,7 @@ def run(patcher: Any, examples: Sequence[Example], seed: int, work: Callable[[Pr
     guider.set_conds(list({id(example.cond): example.cond for example in examples}.values()))
     # of a usual sampling, for LoRAs whose strength goes by its steps
     sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", 20)
-    with _host_in_training():
+    with _host_in_training(), _without_dropout(patcher.model):
         guider.sample(torch.zeros_like(latent), latent, _Work(work, seed), sigmas, seed=seed)
 
 
@@ -251,6 +251,19 @@ def _host_in_training() -> Iterator[None]:
             plain = {name: getattr(kitchen.backends.eager, name, None) for name in dir(kitchen) if _FUSED.match(name)}
             stack.enter_context(_holding(kitchen, **{name: form for name, form in plain.items() if form is not None}))
         yield
+
+
+@contextlib.contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Older hosts leave some models in torch's training mode: a block's second run would drop other numbers."""
+    modules = [module for module in model.modules() if module.training]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 @contextlib.contextmanager

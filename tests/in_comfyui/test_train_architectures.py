@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import folder_paths
@@ -30,11 +31,18 @@ def output(tmp_path_factory):
     folder_paths.set_output_directory(before)
 
 
+def runs_one_conditioning(tiny):
+    with sizes_of(tiny) as module:
+        return "swap_cfg_halves" in inspect.getsource(type(module).forward)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_it_trains(pack, tmp_path, name):
     tiny, path = MODELS[name], tmp_path / f"{name}.gguf"
     if not isinstance(tiny.latent[0], int):
         pytest.skip("picture and sound together: the node refuses them")
+    if tiny.cfg > 1 and not runs_one_conditioning(tiny):
+        pytest.skip("this ComfyUI runs it on both conditionings at once only")
     g = torch.Generator().manual_seed(1)
 
     def noise(*shape):
