@@ -23,12 +23,13 @@ from browser import chromium  # noqa: E402
 from comfy_server import Server  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_comfyui_frontend import INSPECT, LOADER, STACK, Page, choose, demo  # noqa: E402
+from workflows import to_api  # noqa: E402
 
 PLACE, WORKFLOWS = ROOT / "web" / "docs", ROOT / "example_workflows"
 SIDE = 384
 """Pixels of a picture in a workflow's own."""
-LONGEST = 30 * 60_000
-"""Milliseconds for a training."""
+LONGEST = 30 * 60
+"""Seconds for a training."""
 TOLD = {
     "modelspec.trigger_phrase": "neon sign", "ss_base_model_version": "wan", "ss_num_train_images": "64",
     "ss_steps": "1200", "ss_unet_lr": "0.0005", "ss_optimizer": "AdamW", "ss_training_comment": "Try it at 0.8 first.",
@@ -88,14 +89,13 @@ def draw_regions(page: Page, base: Path) -> None:
                 compress(picture.copy(), PLACE / "regions.png")
 
 
-def draw_training(page: Page, base: Path) -> None:
+def draw_training(server: Server) -> None:
     """What the workflow that trains draws without its LoRA and with it."""
-    page.load(json.loads((WORKFLOWS / "Graft train.json").read_text()))
-    page.page.set_default_timeout(LONGEST)
-    page.run()
+    workflow = json.loads((WORKFLOWS / "Graft train.json").read_text())
+    server.run(to_api(workflow, server.get("/object_info")), longest=LONGEST)
     both = Image.new("RGB", (2 * SIDE, SIDE))
     for place, when in enumerate(("before", "after")):
-        (path,) = (base / "output").glob(f"graft_train_{when}*.png")
+        (path,) = server.output.glob(f"graft_train_{when}*.png")
         with Image.open(path) as picture:
             both.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), (place * SIDE, 0))
     both.save(WORKFLOWS / "Graft train.jpg", quality=85, optimize=True)
@@ -117,31 +117,34 @@ def rows() -> dict:
     return workflow
 
 
-def draw_help(page: Page, base: Path) -> None:
-    page.load(rows())
-    page.run()
-    page.wait_for_texts()
-    for kind, name in ((LOADER, "loader"), (INSPECT, "inspect"), (STACK, "stack")):
-        shoot(page, kind, name)
-    choose(page, 1, "Info")
-    settle(page)
-    saved(page.page.locator("dialog.graft-info"), "info")
-    page.page.keyboard.press("Escape")
-    draw_regions(page, base)
+def draw_help(server: Server, base: Path) -> None:
+    """Nodes in Chromium."""
+    with chromium() as browser:
+        page = Page(browser.new_page(viewport={"width": 1200, "height": 1000}), server, vue=True)
+        page.load(rows())
+        page.run()
+        page.wait_for_texts()
+        for kind, name in ((LOADER, "loader"), (INSPECT, "inspect"), (STACK, "stack")):
+            shoot(page, kind, name)
+        choose(page, 1, "Info")
+        settle(page)
+        saved(page.page.locator("dialog.graft-info"), "info")
+        page.page.keyboard.press("Escape")
+        draw_regions(page, base)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training", action="store_true", help="the picture of the workflow that trains, and no other")
-    draw = draw_training if parser.parse_args().training else draw_help
-    host = newest()
+    options, host = parser.parse_args(), newest()
     base = Path(tempfile.mkdtemp())
     put_lora(base)
     server = Server(base, host.python, host.folder)
     try:
-        with chromium() as browser:
-            page = Page(browser.new_page(viewport={"width": 1200, "height": 1000}), server, vue=True)
-            draw(page, base)
+        if options.training:
+            draw_training(server)
+        else:
+            draw_help(server, base)
     finally:
         server.stop()
         shutil.rmtree(base)
