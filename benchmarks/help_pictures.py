@@ -11,6 +11,8 @@ import json
 import shutil
 import sys
 import tempfile
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,6 @@ from workflows import to_api  # noqa: E402
 PLACE, WORKFLOWS = ROOT / "web" / "docs", ROOT / "example_workflows"
 SIDE = 384
 """Pixels of a picture in a workflow's own."""
-LONGEST = 30 * 60
-"""Seconds for a training."""
 TOLD = {
     "modelspec.trigger_phrase": "neon sign", "ss_base_model_version": "wan", "ss_num_train_images": "64",
     "ss_steps": "1200", "ss_unet_lr": "0.0005", "ss_optimizer": "AdamW", "ss_training_comment": "Try it at 0.8 first.",
@@ -89,10 +89,19 @@ def draw_regions(page: Page, base: Path) -> None:
                 compress(picture.copy(), PLACE / "regions.png")
 
 
+def asked(server: Server, path: str, given: dict | None = None) -> dict:
+    """What the server answers."""
+    data = None if given is None else json.dumps(given).encode()
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/{path}", data) as answer:
+        return json.load(answer)
+
+
 def draw_training(server: Server) -> None:
     """What the workflow that trains draws without its LoRA and with it."""
     workflow = json.loads((WORKFLOWS / "Graft train.json").read_text())
-    server.run(to_api(workflow, server.get("/object_info")), longest=LONGEST)
+    asked(server, "prompt", {"prompt": to_api(workflow, asked(server, "object_info"))})
+    while not asked(server, "history"):  # which tells of what has ended
+        time.sleep(1)
     both = Image.new("RGB", (2 * SIDE, SIDE))
     for place, when in enumerate(("before", "after")):
         (path,) = server.output.glob(f"graft_train_{when}*.png")

@@ -129,12 +129,12 @@ class Server:
         async with aiohttp.ClientSession() as session, session.get(address) as answer:
             return answer.status, dict(answer.headers), await answer.read()
 
-    def run(self, workflow: dict, drawn: dict | None = None, longest: float = 240) -> dict:
+    def run(self, workflow: dict, drawn: dict | None = None) -> dict:
         """Queue a workflow in API format, wait for its end, and return its entry in the history.
 
         `drawn` is the same as people see it (UI format), which the front end sends along.
         """
-        return asyncio.run(asyncio.wait_for(self._run(workflow, drawn), longest))
+        return asyncio.run(asyncio.wait_for(self._run(workflow, drawn), 240))
 
     def refused(self, workflow: dict) -> dict[str, str]:
         """What the host has against a prompt before anything runs: the classes of such nodes and their errors."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 
+import comfy.sample
 import folder_paths
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_it_trains(pack, tmp_path, name):
                 graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
             before, held = output_of(graft, tiny), fingerprint(graft)
             context = None if tiny.context is None else noise(1, *tiny.context)
-            latent = graft.model.process_latent_out(noise(*tiny.latent))  # as a VAE's node gives it
+            latent = comfy.sample.fix_empty_latent_channels(graft, noise(*tiny.latent))
+            latent = graft.model.process_latent_out(latent)  # as a VAE's node gives it
             given = {
                 "model": [graft], "latents": [{"samples": latent}],
                 "positive": [[[context, tiny.brings(noise)]]],
