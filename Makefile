@@ -51,7 +51,7 @@ locales: $(READY)  ## write locales/en anew from the nodes; locales/zh is writte
 	$(PY) benchmarks/locales_en.py
 
 help-pictures: $(READY)  ## draw the pictures in help pages anew, from the newest ComfyUI in Chromium
-	$(PY) benchmarks/help_pictures.py
+	$(PY) benchmarks/help_pictures.py $(ARGS)
 
 architectures: $(READY)  ## load, and save, a small model of every class that the newest ComfyUI knows: docs/architectures.md
 	$(PY) benchmarks/architectures_table.py $(ARGS)

@@ -12,9 +12,11 @@ pictures, at fixed shares of noise; much of it cannot be predicted from noise.
 is |v - v'| / |v| over 16 other prompts, as there, and so is what stands against it: some layers in the next larger
 type, for the same bytes.
 
-"cost": a LoRA of rank 16 on all layers of four blocks of Wan 1.3B (186 million weights), a picture of 256x256, bf16.
-Each way runs in a process of its own; its peak is that of the process in training, less what it was before the model
-was there. PEFT trains on torch's own layers with weights in bf16.
+"cost": a LoRA of rank 16 on all layers of four blocks of Wan 1.3B (186 million weights), a picture of 256x256.
+Each way runs in a process of its own, one after the other, `--turns` times; its peak is that of the process in
+training, less what it was before the model was there. PEFT trains on torch's own layers with weights in bf16 or fp32;
+Graft computes in bf16. Shown are the medians of the turns, and the least and the most. The processor's time changes
+less where other programs use the machine: with OMP_NUM_THREADS=1, since threads that wait for each other count, too.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import csv
 import functools
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -285,25 +288,24 @@ def repairs(bench: RepairBench, options: argparse.Namespace, note: Callable[...,
 
 WIDTH, MLP, DEPTH, SIDE = 1536, 8960, 4, 32
 """Wan 1.3B, but for its depth, which is 30; latent cells on a side."""
-WAYS = ("Graft, Q4_K", "PEFT, bf16", "Graft, Q4_K, checkpointing", "PEFT, bf16, checkpointing")
+WAYS = ("Graft, Q4_K", "PEFT, bf16", "PEFT, fp32", "Graft, Q4_K, checkpointing", "PEFT, bf16, checkpointing")
+DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What a model without packed weights is in."""
 COST_STEPS = 4
 LIKE = 64
 """Rows of a weight that differ; what decodes and multiplies them does not care."""
 
 
 def large(type_name: str) -> Wan:
-    """Random weights, in every block the same ones, in memory of their own; bf16, or packed."""
-    one = Wan(WIDTH, MLP, 1).bfloat16().state_dict()
+    """Random weights, in every block the same ones, in memory of their own; packed, or of `DENSE`."""
+    one = Wan(WIDTH, MLP, 1).to(DENSE.get(type_name, torch.bfloat16)).state_dict()
     state = {name: tensor for name, tensor in one.items() if not name.startswith("blocks.")}
     for name in one.keys() - state.keys():
-        matrix = type_name != "bf16" and one[name].dim() == 2
+        matrix = type_name not in DENSE and one[name].dim() == 2
         held = repeated(one[name], type_name) if matrix else one[name]
         for index in range(DEPTH):
-            copy = (
-                held if not isinstance(held, PackedTensor) else PackedTensor(held.packed.clone(), held.fmt, held.shape)
-            )
-            state[name.replace("blocks.0.", f"blocks.{index}.")] = copy if copy is not held else held.clone()
-    if type_name == "bf16":
+            state[name.replace("blocks.0.", f"blocks.{index}.")] = copied(held)
+    if type_name in DENSE:
         with torch.device("meta"):
             model = Wan(WIDTH, MLP, DEPTH)
         model.load_state_dict(state, assign=True)
@@ -340,11 +342,11 @@ def with_peft(model: Wan) -> None:
 
 
 def cost_of(way: str) -> dict[str, float]:
-    """Seconds a step, the median, and MiB at most beyond what was there before the model."""
+    """Seconds a step, the median, by the clock and of all cores, and MiB beyond what was there before the model."""
     tool, type_name, *saving = way.split(", ")
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 32, 1, SIDE, SIDE, generator=random).bfloat16()
-    context = torch.randn(1, 256, 4096, generator=random).bfloat16()
+    random, dtype = torch.Generator().manual_seed(1), DENSE.get(type_name, torch.bfloat16)
+    x = torch.randn(1, 32, 1, SIDE, SIDE, generator=random).to(dtype)
+    context = torch.randn(1, 256, 4096, generator=random).to(dtype)
     at, before, model = torch.tensor([500.0]), memory("VmRSS"), large(type_name)
     with contextlib.ExitStack() as stack:
         if tool == "Graft":
@@ -357,15 +359,16 @@ def cost_of(way: str) -> dict[str, float]:
             parameters = [p for name, p in model.named_parameters() if "lora_" in name]
             for block in model.blocks if saving else ():
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        optimizer, times = torch.optim.AdamW(parameters, lr=1e-4), []
+        optimizer, times = torch.optim.AdamW(parameters, lr=1e-4), list[tuple[float, float]]()
         Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
         for _ in range(COST_STEPS):
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             model(x, at, context).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            times.append(time.perf_counter() - begin)
-    return {"seconds": statistics.median(times), "mib": memory("VmHWM") - before}
+            times.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    seconds, cpu_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": memory("VmHWM") - before}
 
 
 def memory(field: str) -> float:
@@ -380,14 +383,32 @@ def costs(_: Any, options: argparse.Namespace, note: Callable[..., None]) -> Non
         for way in WAYS:
             command = [sys.executable, __file__, "--cost-of", way]
             found[way].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    print("\n| | a step | peak memory |\n|---|---|---|")
+    print("\n| | a step | of it the processor's, all cores | peak memory |\n|---|---|---|---|")
     for way, measured in found.items():
-        seconds, mib = (statistics.median(one[key] for one in measured) for key in ("seconds", "mib"))
-        note("cost", way=way, seconds=f"{seconds:.2f}", mib=f"{mib:.0f}")
-        print(f"| {way} | {seconds:.1f} s | {mib / 1024:.2f} GiB |", flush=True)
+        spread = {key: _spread([one[key] for one in measured]) for key in ("seconds", "cpu_seconds", "mib")}
+        figures = {f"{key}{end}": f"{value:.2f}" for key, values in spread.items() for end, value in values.items()}
+        note("cost", way=way, turns=len(measured), **figures)
+        shown = [
+            f"{values[''] / scale:.2f} {unit} ({values['_least'] / scale:.2f} to {values['_most'] / scale:.2f})"
+            for values, scale, unit in zip(spread.values(), (1, 1, 1024), ("s", "s", "GiB"), strict=True)
+        ]
+        print(f"| {way} | {' | '.join(shown)} |", flush=True)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"": statistics.median(values), "_least": min(values), "_most": max(values)}
 
 
 PARTS = {"styles": styles, "repair": repairs, "cost": costs}
+
+
+def machine() -> str:
+    """The processor, what it multiplies with, and how many threads do."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+    capability = "AVX512-BF16" if "avx512_bf16" in told else torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"{name[1] if name else platform.machine()}, {capability}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Notes:
@@ -395,7 +416,8 @@ class Notes:
 
     FIELDS = (
         "part", "style", "learnt_on", "run_on", "loss", "rank", "plain", "untrained", "trained", "bits", "larger",
-        "mixed", "way", "seconds", "mib", "torch", "machine",
+        "mixed", "way", "turns", "seconds", "seconds_least", "seconds_most", "cpu_seconds", "cpu_seconds_least",
+        "cpu_seconds_most", "mib", "mib_least", "mib_most", "torch", "machine",
     )  # fmt: skip
 
     def __init__(self, path: Path) -> None:
@@ -403,7 +425,7 @@ class Notes:
         self.lines: list[dict[str, str]] = []
 
     def __call__(self, part: str, **values: Any) -> None:
-        about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        about = {"torch": torch.__version__, "machine": machine()}
         self.lines.append({"part": part, **{k: str(v) for k, v in values.items()}, **about})
 
     def write(self) -> None:
@@ -434,7 +456,7 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "training", help="what has been learnt so far")
     parser.add_argument("--repaired", nargs="+", choices=REPAIRS, default=list(REPAIRS))
     parser.add_argument("--repair-steps", type=int, default=REPAIR_STEPS)
-    parser.add_argument("--turns", type=int, default=2, help="of each way in the part on costs")
+    parser.add_argument("--turns", type=int, default=3, help="of each way in the part on costs")
     parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "training.png")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cost-of", choices=WAYS, help=argparse.SUPPRESS)

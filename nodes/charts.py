@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from ..ops.overview import OUTSIDE, Effects, Group, percent, size
+from ..ops.overview import OUTSIDE, Effects, Group, percent
+from ..ops.report import size_text
 from ..ops.strengths import Call, Strength
 
 TILE = 128
@@ -56,7 +57,7 @@ def types_chart(groups: Mapping[str, Group]) -> Image.Image:
     left = LABEL
     for name, nbytes in totals.most_common():
         draw.rectangle((left, LINE + 6, left + 12, LINE + 18), colours[name])
-        text = f"{name}, {size(nbytes)}"
+        text = f"{name}, {size_text(nbytes)}"
         draw.text((left + 18, LINE + 12), text, AXIS, font(), anchor="lm")
         left += 40 + int(draw.textlength(text, font()))
     longest = max((group.size for group in shown.values()), default=1)
@@ -69,7 +70,7 @@ def types_chart(groups: Mapping[str, Group]) -> Image.Image:
             right = left + room * nbytes / longest
             draw.rectangle((left, middle - BAR / 2, max(left, right - 1), middle + BAR / 2), colours[fmt])
             left = right
-        draw.text((left + GAP, middle), size(group.size), AXIS, font(), anchor="lm")
+        draw.text((left + GAP, middle), size_text(group.size), AXIS, font(), anchor="lm")
     return chart
 
 

@@ -27,6 +27,7 @@ from ..ops.make import VERSION, Importance, Plan, check_weights, plan_model, pro
 from ..ops.merged import MergedTensor
 from ..ops.packed import PackedTensor, as_weight, in_fp32
 from ..ops.recipes import NAMES, parse_rules, recipe_named
+from ..ops.report import size_text
 from . import node
 from .architectures import name_of
 from .hashes import digest_of
@@ -273,8 +274,7 @@ def saved(
     metadata = provenance(VERSION, origin.name, origin.sha256(), origin.loras, rules, measured, origin.entries())
     size = write_model(target, plan, {**metadata, **(more or {})}, overwrite, progress)
     seconds = max(time.monotonic() - started, 0.01)
-    amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-    lines = [f"saved {target.name}, {amount} in {seconds:.0f} s", plan.summary, *plan.notes, str(target)]
+    lines = [f"saved {target.name}, {size_text(size)} in {seconds:.0f} s", plan.summary, *plan.notes, str(target)]
     return "\n".join(lines)
 
 

@@ -35,12 +35,14 @@ from .patcher import GraftPatcher
 from .plot import loss_plot, smoothed
 from .save_lora import free_path
 from .train_targets import targets
-from .training import Example, Prepared, examples_of, memory_for, run
+from .training import Example, Prepared, examples_of, memory_for, run, shape_of
 
 log = logging.getLogger(__name__)
 
 STATE = ".training"
 """Ending of the file that a later run goes on from."""
+ROWS = "graft.rows"
+"""In a file's metadata, which rows of fused layers learn: the tensors are of whole layers, as loaders know them."""
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 HOME = "the loras folder"
 
@@ -117,12 +119,13 @@ class Session:
         inputs, patches = self.inputs, self.patcher.residuals.patches
         layers = self.patcher.graft.layers
         if inputs.resume_from == NONE:
-            wanted = targets(self.patcher, inputs.layers, inputs.pattern, inputs.kind)
+            wanted = targets(self.patcher, inputs.layers, inputs.pattern)
             return Training(
                 layers, wanted, inputs.kind, inputs.rank, inputs.alpha, inputs.seed & (2**62 - 1), before=patches
             )
         file = load_adapters(found_lora(inputs.resume_from).present(HOME), "comfy")
-        return Training.going_on(layers, file.on(layers, norm="comfy").placed, patches)
+        told = file.metadata.get(ROWS, "")
+        return Training.going_on(layers, file.on(layers, norm="comfy").placed, patches, told)
 
     def _go_on(self) -> None:
         path = found_lora(self.inputs.resume_from).present(HOME)
@@ -214,7 +217,7 @@ class Session:
         picked = [self.examples[index] for index in self.run.examples(len(self.examples), size)]
         random = self.run.random()
         even = (torch.randperm(size, generator=random) + torch.rand(size, generator=random)) / size
-        noise = [torch.randn(example.latent.shape, generator=random) for example in picked]
+        noise = [torch.randn(model.shape(example), generator=random) for example in picked]
         parts = []
         for group in model.batches(picked):
             for first in range(0, len(group), self.inputs.batch_size):
@@ -263,7 +266,7 @@ class Session:
 
     def _sample(self) -> None:
         """Draw a picture with what has been learnt so far, and show it."""
-        latent = torch.zeros_like(self.examples[0].latent)
+        latent = torch.zeros(shape_of(self.patcher.model, self.examples[0]))
         noise = comfy.sample.prepare_noise(latent, self.inputs.seed)
         positive, last = [self.examples[0].cond], {}
 
@@ -346,6 +349,7 @@ class Session:
             "ss_sd_model_name": os.path.basename(base) if base else "",
             "ss_new_sd_model_hash": _digest_of_base(base) if base else "",
             "graft.trained_on": self.patcher.graft.summary,
+            ROWS: training.rows(),
         }
         return {name: value for name, value in told.items() if value}
 

@@ -11,7 +11,7 @@ from ..kernels import AdapterError
 from ..ops.kinds import Region
 from ..ops.layers import LinearMath
 from ..ops.report import examples
-from ..ops.trainable import Target, TrainableLoKr, can_learn
+from ..ops.trainable import Target, can_learn
 from .patcher import GraftPatcher
 from .save_lora import PREFIX, diffusers_names
 
@@ -23,7 +23,7 @@ _MLP = re.compile(r"mlp|(?:^|[._])ff|feed_?forward|proj_out|linear2|\.net\.")
 _IN_A_BLOCK = re.compile(r"(?:^|\.)\d+\.[A-Za-z_]")
 
 
-def targets(patcher: GraftPatcher, which: str, pattern: str, kind: str) -> list[Target]:
+def targets(patcher: GraftPatcher, which: str, pattern: str) -> list[Target]:
     """What learns: linear layers by what they are called, here or in diffusers, or by a pattern of names.
 
     Raises:
@@ -45,7 +45,7 @@ def targets(patcher: GraftPatcher, which: str, pattern: str, kind: str) -> list[
             target
             for path, layer in learnable.items()
             if isinstance(layer, LinearMath) and _IN_A_BLOCK.search(path)
-            if (target := _target(path, which, names.get(f"{path.removeprefix(PREFIX)}.weight", ()), kind))
+            if (target := _target(path, which, names.get(f"{path.removeprefix(PREFIX)}.weight", ())))
         ]
     if not found:
         raise AdapterError(
@@ -55,7 +55,7 @@ def targets(patcher: GraftPatcher, which: str, pattern: str, kind: str) -> list[
     return found
 
 
-def _target(path: str, which: str, names: Sequence[Any], kind: str) -> Target | None:
+def _target(path: str, which: str, names: Sequence[Any]) -> Target | None:
     """The layer or those of its rows that are wanted, None where none are."""
     own = path.removeprefix(PREFIX)
     wanted = {ATTENTION: (_ATTENTION,), MLP: (_MLP,), BOTH: (_ATTENTION, _MLP)}.get(which)
@@ -65,7 +65,7 @@ def _target(path: str, which: str, names: Sequence[Any], kind: str) -> Target | 
     if not parts:
         return None
     rows = [part.region for part in parts if part.region is not None]
-    whole = len(parts) == len(names) or not rows or kind == TrainableLoKr.kind
+    whole = len(parts) == len(names) or not rows
     together = sum(row.length for row in rows) == rows[-1].start + rows[-1].length - rows[0].start if rows else True
     if whole or not together:
         return Target(path)

@@ -7,6 +7,8 @@ model, such as another shift of the timesteps or a ControlNet, counts in trainin
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +29,9 @@ EARLIEST, LATEST = 1e-3, 1 - 1e-3
 _KEPT = 64
 """Prepared examples that stay on the device: a conditioning may have 8 MB."""
 
+_FUSED = re.compile(r"(apply|rms)_rope|adaln")
+"""Functions of comfy_kitchen that models call on their activations."""
+
 _APART = ("area", "mask", "control", "gligen", "strength", "start_percent", "end_percent")
 """What conditionings may have that keeps them from running in one batch."""
 
@@ -35,7 +40,7 @@ class Example(NamedTuple):
     """A picture to learn from.
 
     Attributes:
-        latent: ``[1, channels, ...]`` as the host's nodes pass it.
+        latent: ``[1, channels, ...]`` as the host's nodes pass it; models may take other shapes (`shape_of`).
         cond: its conditioning, an entry of the host's lists.
     """
 
@@ -66,6 +71,11 @@ def examples_of(model: Any, latents: Sequence[dict], positive: Sequence[Any]) ->
         )
     conds = [[_ordinary(cond), {name: _ordinary(value) for name, value in options.items()}] for cond, options in conds]
     return [Example(latent, conds[index % len(conds)]) for index, latent in enumerate(found)]
+
+
+def shape_of(model: Any, example: Example) -> torch.Size:
+    """What the host's `model` makes of a latent, and so the noise on it: some put frames beside each other."""
+    return model.process_latent_in(example.latent).shape
 
 
 def _ordinary(value: Any) -> Any:
@@ -113,6 +123,10 @@ class Prepared:
             conds = comfy.samplers.process_conds(self.model, noise, conds, self.device, latent, None, self._seed)
             self._conds[key] = latent, conds["positive"][0]
         return self._conds[key]
+
+    def shape(self, example: Example) -> torch.Size:
+        """Of its latent as the model takes it."""
+        return self._prepared(example)[0].shape
 
     def sigmas(self, shares: Sequence[float]) -> torch.Tensor:
         """How noisy it is at these shares of the way from noise to picture."""
@@ -192,12 +206,12 @@ def run(patcher: Any, examples: Sequence[Example], seed: int, work: Callable[[Pr
     """
     comfy.model_management.load_models_gpu([patcher], memory_required=room)
     _make_ordinary(patcher.model)
-    latent = torch.zeros_like(examples[0].latent)
+    latent = torch.zeros(shape_of(patcher.model, examples[0]))
     guider = _Guider(patcher)
     guider.set_conds(list({id(example.cond): example.cond for example in examples}.values()))
     # of a usual sampling, for LoRAs whose strength goes by its steps
     sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", 20)
-    with _without_streams():
+    with _host_in_training(), _without_dropout(patcher.model):
         guider.sample(torch.zeros_like(latent), latent, _Work(work, seed), sigmas, seed=seed)
 
 
@@ -217,25 +231,52 @@ def _make_ordinary(model: torch.nn.Module) -> None:
         for name, held in module._buffers.items():
             if held is not None and held.is_inference():
                 module._buffers[name] = ordinary(held)
+        for name, held in vars(module).items():
+            if isinstance(held, torch.Tensor) and held.is_inference():
+                setattr(module, name, ordinary(held))  # e.g. places that it has worked out for an earlier picture
 
 
 @contextlib.contextmanager
-def _without_streams() -> Iterator[None]:
-    """Newer hosts bring weights in through memory that the next layer gets as well: autograd keeps some of it."""
+def _host_in_training() -> Iterator[None]:
+    """Has the host run its models as they can be trained."""
     management: Any = comfy.model_management
-    held = getattr(management, "NUM_STREAMS", None)
-    was_training = getattr(management, "in_training", None)
+    with contextlib.ExitStack() as stack:
+        # newer hosts bring weights in through memory that the next layer gets as well: autograd keeps some of it
+        stack.enter_context(_holding(management, NUM_STREAMS=0))
+        # some of its functions write into what they are given otherwise
+        stack.enter_context(_holding(management, in_training=True))
+        kitchen: Any = sys.modules.get("comfy_kitchen")
+        if kitchen is not None:
+            # its fused functions have no gradients; each has a form in plain torch
+            plain = {name: getattr(kitchen.backends.eager, name, None) for name in dir(kitchen) if _FUSED.match(name)}
+            stack.enter_context(_holding(kitchen, **{name: form for name, form in plain.items() if form is not None}))
+        yield
+
+
+@contextlib.contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Older hosts leave some models in torch's training mode: a block's second run would drop other numbers."""
+    modules = [module for module in model.modules() if module.training]
     try:
-        if held is not None:
-            management.NUM_STREAMS = 0
-        if was_training is not None:
-            management.in_training = True  # some of the host's functions write into what they are given otherwise
+        for module in modules:
+            module.training = False
         yield
     finally:
-        if held is not None:
-            management.NUM_STREAMS = held
-        if was_training is not None:
-            management.in_training = was_training
+        for module in modules:
+            module.training = True
 
 
-__all__ = ["Example", "Prepared", "examples_of", "memory_for", "run"]
+@contextlib.contextmanager
+def _holding(module: Any, **values: Any) -> Iterator[None]:
+    """A module with other values, of those names that it has."""
+    before = {name: getattr(module, name) for name in values if hasattr(module, name)}
+    try:
+        for name in before:
+            setattr(module, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+__all__ = ["Example", "Prepared", "examples_of", "memory_for", "run", "shape_of"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import Choice, plain
-from .overview import size
+from .report import size_text
 
 _ROOM = 2 << 30
 """Bytes that a card needs for what is computed, at the least (README, "Which file for my card")."""
@@ -72,7 +72,7 @@ def advice(machine: Machine, choice: Choice, dtype: torch.dtype, nbytes: int) ->
 
 
 def _place(machine: Machine, nbytes: int) -> str:
-    line = f"runs on {machine.name}: the model takes {size(nbytes)} of {size(machine.memory)}"
+    line = f"runs on {machine.name}: the model takes {size_text(nbytes)} of {size_text(machine.memory)}"
     if machine.device == "cpu":
         return line
     if machine.is_dynamic:
@@ -81,7 +81,7 @@ def _place(machine: Machine, nbytes: int) -> str:
         return line
     fits = max(machine.memory - _ROOM, 0)
     return (
-        f"{line}. ComfyUI keeps a part of it in main memory, which is slower: a file of up to {size(fits)} stays "
+        f"{line}. ComfyUI keeps a part of it in main memory, which is slower: a file of up to {size_text(fits)} stays "
         "on the card"
     )
 

@@ -24,7 +24,7 @@ from .merged import MergedTensor
 from .packed import PackedTensor, in_fp32
 from .quantize import quantize
 from .recipes import READ_BY_PEERS, SAME, Choice, Chooser, Recipe, Rule
-from .report import examples, layers
+from .report import examples, layers, size_text
 
 _WEIGHTS_AT_A_TIME = 1 << 20
 """As many are quantized between two looks at whether to stop: half a second of the slowest types."""
@@ -87,8 +87,7 @@ class Plan:
         counts = Counter(fmt.name for fmt, _, _ in self.choices.values())
         types = ", ".join(f"{name} {count}" for name, count in counts.most_common())
         weights = f"{self.weights / 1e9:.1f}B" if self.weights >= 1e9 else f"{self.weights / 1e6:.1f}M"
-        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e9 else f"{self.nbytes / 1e6:.1f} MB"
-        return f"{self.architecture} · {self.recipe_name} · {weights} weights · {types} · {size}"
+        return f"{self.architecture} · {self.recipe_name} · {weights} weights · {types} · {size_text(self.nbytes)}"
 
     @property
     def recipe_name(self) -> str:

@@ -14,6 +14,7 @@ from ..kernels import AdapterError, plain
 from .extract import Change, change_of
 from .kinds import Patch
 from .layers import PackedLayer
+from .report import size_text
 
 PREFIX = "diffusion_model."
 """Of all layers, in the hosts' names."""
@@ -149,7 +150,7 @@ def _estimated_square(layer: PackedLayer) -> float:
 def told(found: Mapping[str, Group]) -> list[str]:
     """A line for each group: ``double_blocks.img_attn: Q4_K 38, Q6_K 19 · 1.2 GB``."""
     return [
-        f"{name}: {', '.join(f'{fmt} {n}' for fmt, n in group.layers.most_common())} · {size(group.size)}"
+        f"{name}: {', '.join(f'{fmt} {n}' for fmt, n in group.layers.most_common())} · {size_text(group.size)}"
         for name, group in found.items()
     ]
 
@@ -170,15 +171,6 @@ def _of_family(family: str, shares: Mapping[int | None, float]) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit that people use."""
-    for unit in ("B", "KB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} GB"
 
 
 def matching(words: str, names: Iterable[str]) -> list[str]:

@@ -273,6 +273,15 @@ def layers(count: int) -> str:
     return f"{count} {'layer' if count == 1 else 'layers'}"
 
 
+def size_text(nbytes: float) -> str:
+    """A number of bytes in three digits and the unit that people use, e.g. ``6.87 GB``."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
 def modules_of(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
     """The modules that a file speaks of: ``{module: {field: key}}``, in its order."""
     modules: dict[str, dict[str, str]] = {}
@@ -350,5 +359,5 @@ def way_of(path: str, reason: str) -> str:
 
 __all__ = [
     "FileReport", "cause_of", "describe", "examples", "family_of", "is_text_encoder", "layers", "may_be", "modules_of",
-    "place_of", "split_name", "way_of",
+    "place_of", "size_text", "split_name", "way_of",
 ]  # fmt: skip

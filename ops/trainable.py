@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..kernels import AdapterError, is_slow
+from ..kernels import is_slow
 from .factors import FactorCache, LayerWeight
 from .kinds import Adapter, DoRA, LoKr, LoRA, Patch, Region
 from .layers import ConvMath, LinearMath, PackedLayer
@@ -27,7 +27,7 @@ from .layout import Layout
 from .residual import RunningResidual
 
 GROUPS = 8
-"""How many at most LoKr's w1 has on a side."""
+"""How many at most LoKr's w1 has on a side; more rows where the place of a slice asks for them."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +74,30 @@ class Trainable(nn.Module):
     """What learns beside one layer.
 
     Attributes:
-        shape: of the weight, or of the rows that it is about.
-        region: these rows; None for all.
+        whole: the shape of the weight.
+        region: the rows that it is about; None for all.
+        shape: of these rows.
         rank: the highest that what is added can have.
         alpha: as files have it: what is added is scaled by alpha / rank.
     """
 
     kind: ClassVar[str]
     rank: int
+    alpha: float
 
-    def __init__(self, shape: torch.Size, region: Region | None, alpha: float) -> None:
+    def __init__(self, whole: torch.Size, region: Region | None) -> None:
         super().__init__()
-        self.shape, self.region, self.alpha = shape, region, alpha
+        self.whole, self.region = whole, region
+        self.shape = whole if region is None else region.within(whole)
 
     def adapter(self) -> Adapter:
         """What it is now, around the tensors that learn."""
         raise NotImplementedError
 
-    def tensors(self, rows: int) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds of it, by the names behind a module's, in the shapes that trainers write.
 
-        Args:
-            rows: of the whole weight.
+        They are of the whole weight, with zeros for its other rows, because loaders know no names of slices.
         """
         raise NotImplementedError
 
@@ -114,22 +116,22 @@ class TrainableLoRA(Trainable):
     kind = "LoRA"
 
     def __init__(
-        self, shape: torch.Size, region: Region | None, rank: int, alpha: float, random: torch.Generator
+        self, whole: torch.Size, region: Region | None, rank: int, alpha: float, random: torch.Generator
     ) -> None:
-        columns = math.prod(shape[1:])
-        rank = min(rank, shape[0], columns)
-        super().__init__(shape, region, alpha or rank)
-        self.rank = rank
-        self.down = nn.Parameter(_spread((rank, columns), random))
-        self.up = nn.Parameter(torch.zeros(shape[0], rank))
+        super().__init__(whole, region)
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        self.rank = min(rank, rows, columns)
+        self.alpha = alpha or self.rank
+        self.down = nn.Parameter(_spread((self.rank, columns), random))
+        self.up = nn.Parameter(torch.zeros(rows, self.rank))
 
     def adapter(self) -> LoRA | DoRA:
         return LoRA(self.up, self.down, self.alpha)
 
-    def tensors(self, rows: int) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         up, inner = self.up.detach(), self.shape[1:]
         if self.region is not None:
-            up = _within(up.new_zeros(rows, self.rank), self.region, up)
+            up = _within(up.new_zeros(self.whole[0], self.rank), self.region, up)
         return {
             "lora_down.weight": self.down.detach().reshape(-1, *inner),
             "lora_up.weight": up.reshape(*up.shape, *(1 for _ in inner[1:])),
@@ -158,10 +160,10 @@ class TrainableDoRA(TrainableLoRA):
     norms: torch.Tensor
 
     def __init__(
-        self, shape: torch.Size, region: Region | None, rank: int, alpha: float, random: torch.Generator,
+        self, whole: torch.Size, region: Region | None, rank: int, alpha: float, random: torch.Generator,
         norms: torch.Tensor,
     ) -> None:  # fmt: skip
-        super().__init__(shape, region, rank, alpha, random)
+        super().__init__(whole, region, rank, alpha, random)
         self.register_buffer("norms", norms.float(), persistent=False)
         self.magnitude = nn.Parameter(self._own(self.norms).clone())
 
@@ -171,12 +173,12 @@ class TrainableDoRA(TrainableLoRA):
     def adapter(self) -> DoRA:
         return DoRA(LoRA(self.up, self.down, self.alpha), self.magnitude)
 
-    def tensors(self, rows: int) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         magnitude = self.magnitude.detach()
         if self.region is not None:
             magnitude = _within(self.norms.clone(), self.region, magnitude)
         column = magnitude.reshape(-1, *(1 for _ in self.shape[1:]))
-        return super().tensors(rows) | {"dora_scale": column}
+        return super().tensors() | {"dora_scale": column}
 
     def take(self, adapter: DoRA) -> None:  # type: ignore[override]
         assert isinstance(adapter.inner, LoRA)
@@ -201,25 +203,30 @@ class TrainableDoRA(TrainableLoRA):
 
 
 class TrainableLoKr(Trainable):
-    """``w1 ⊗ w2`` as LyCORIS begins: w2 of zeros, of low rank where that is fewer numbers."""
+    """``w1 ⊗ w2`` as LyCORIS begins: w2 of zeros, of low rank where that is fewer numbers.
+
+    w2 has as many rows as fit into the whole weight, a slice of it and what is above that a whole number of times: so
+    w1 with rows of zeros above and below is one of the whole weight, which every loader of a LoKr reads.
+    """
 
     kind = "LoKr"
 
     def __init__(
-        self, shape: torch.Size, region: Region | None, rank: int, alpha: float, random: torch.Generator
+        self, whole: torch.Size, region: Region | None, rank: int, alpha: float, random: torch.Generator
     ) -> None:
-        if region is not None:
-            raise AdapterError("a LoKr learns beside whole layers: choose LoRA for a part of a fused one")
-        a, c = _groups(shape[0]), _groups(shape[1])
-        b, d = shape[0] // a, shape[1] // c
-        kernel = math.prod(shape[2:])
-        whole = rank * (b + d * kernel) >= b * d * kernel
-        super().__init__(shape, None, alpha or rank)
-        self.rank = min(shape[0], math.prod(shape[1:])) if whole else rank
+        super().__init__(whole, region)
+        rows, columns, *kernel = self.shape
+        most = rows if region is None else math.gcd(whole[0], region.start, rows)
+        b = most // _groups(most, GROUPS * most // rows)
+        a, c = rows // b, _groups(columns)
+        d, positions = columns // c, math.prod(kernel)
+        full = rank * (b + d * positions) >= b * d * positions
+        self.rank = min(rows, columns * positions) if full else rank
+        self.alpha = alpha or rank
         self.w1 = nn.Parameter(_spread((a, c), random))
-        self.w2 = nn.Parameter(torch.zeros(b, d, *shape[2:])) if whole else None
-        self.w2_a = None if whole else nn.Parameter(_spread((b, rank), random))
-        self.w2_b = None if whole else nn.Parameter(torch.zeros(rank, d * kernel))
+        self.w2 = nn.Parameter(torch.zeros(b, d, *kernel)) if full else None
+        self.w2_a = None if full else nn.Parameter(_spread((b, rank), random))
+        self.w2_b = None if full else nn.Parameter(torch.zeros(rank, d * positions))
 
     def adapter(self) -> LoKr:
         return LoKr(self.w1, self.w2, self.alpha, w2_a=self.w2_a, w2_b=self._second())
@@ -227,8 +234,13 @@ class TrainableLoKr(Trainable):
     def _second(self) -> torch.Tensor | None:
         return None if self.w2_b is None else self.w2_b.reshape(len(self.w2_b), -1, *self.shape[2:])
 
-    def tensors(self, rows: int) -> dict[str, torch.Tensor]:
-        named = {"lokr_w1": self.w1, "lokr_w2": self.w2, "lokr_w2_a": self.w2_a, "lokr_w2_b": self.w2_b}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        w1 = self.w1.detach()
+        if self.region is not None:
+            group = self.shape[0] // len(w1)
+            above = Region(0, self.region.start // group, len(w1))
+            w1 = _within(w1.new_zeros(self.whole[0] // group, w1.shape[1]), above, w1)
+        named = {"lokr_w1": w1, "lokr_w2": self.w2, "lokr_w2_a": self.w2_a, "lokr_w2_b": self.w2_b}
         found = {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
         return {**found, "alpha": torch.tensor(float(self.alpha))}
 
@@ -263,13 +275,12 @@ def beginning(
         AdapterError: it cannot learn there.
     """
     whole = torch.Size(layer.logical_shape)
-    shape = whole if region is None else region.within(whole)
     if kind != TrainableDoRA.kind:
-        return KINDS[kind](shape, region, rank, alpha, random)  # type: ignore[call-arg]
+        return KINDS[kind](whole, region, rank, alpha, random)  # type: ignore[call-arg]
     constant = [patch for patch in before if patch.when is None]
     with torch.no_grad():
         norms = LayerWeight(name, layer, constant, None, whole, FactorCache()).row_norms()
-    return TrainableDoRA(shape, region, rank, alpha, random, norms)
+    return TrainableDoRA(whole, region, rank, alpha, random, norms)
 
 
 def _spread(shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
@@ -282,8 +293,8 @@ def _within(whole: torch.Tensor, region: Region, part: torch.Tensor) -> torch.Te
     return whole
 
 
-def _groups(size: int) -> int:
-    return max(n for n in range(1, GROUPS + 1) if size % n == 0)
+def _groups(size: int, most: int = GROUPS) -> int:
+    return max(n for n in range(1, max(1, most) + 1) if size % n == 0)
 
 
 __all__ = ["GROUPS", "KINDS", "Beside", "Target", "Trainable", "beginning", "can_learn"]

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +33,7 @@ from ..kernels import AdapterError, GraftError
 from .calls import calls_on
 from .files.lora import Placed
 from .files.lora_writer import kohya_module, write_tensors
-from .kinds import Adapter, DoRA, LoKr, LoRA, Patch
+from .kinds import Adapter, DoRA, LoKr, LoRA, Patch, Region
 from .layers import PackedLayer
 from .trainable import Beside, Target, Trainable, TrainableDoRA, TrainableLoKr, TrainableLoRA, beginning
 
@@ -71,6 +72,7 @@ class Training(nn.Module):
         if not targets:
             raise AdapterError("no layer is left to train: choose other layers")
         self.targets, self.kind = tuple(sorted(targets, key=_in_order(layers))), kind
+        _check_file(kind, self.targets)
         self._layers = dict(layers)  # not as a module: these are not its own
         random = torch.Generator().manual_seed(seed)
         self.learners = nn.ModuleList(
@@ -80,13 +82,18 @@ class Training(nn.Module):
     @classmethod
     def going_on(
         cls, layers: Mapping[str, PackedLayer], placed: Sequence[Placed],
-        before: Mapping[str, Sequence[Patch]] | None = None,
+        before: Mapping[str, Sequence[Patch]] | None = None, told: str = "",
     ) -> Training:  # fmt: skip
         """From the adapters of a file: their layers, kind and ranks.
+
+        Args:
+            told: what the training that wrote the file said of its rows (`Training.rows`).
 
         Raises:
             AdapterError: they are of a kind that cannot learn here, or of several.
         """
+        rows = _regions(told)
+        placed = [_narrowed(one, rows.get(one.target.layer)) for one in placed]
         kinds = {_kind_of(one.adapter) for one in placed if one.parameter == "weight"}
         if len(kinds) != 1 or any(one.parameter != "weight" for one in placed) or None in kinds:
             raise AdapterError("this LoRA is of a kind that cannot be trained here: choose a LoRA, a DoRA or a LoKr")
@@ -96,6 +103,7 @@ class Training(nn.Module):
         at = _in_order(layers)
         placed = sorted(placed, key=lambda one: at(Target(one.target.layer, one.region)))
         training.targets = tuple(Target(one.target.layer, one.region) for one in placed)
+        _check_file(kind, training.targets)
         training.kind, training._layers = kind, dict(layers)
         training.learners = nn.ModuleList()
         for one in placed:
@@ -152,10 +160,58 @@ class Training(nn.Module):
             by_layer.setdefault(target.layer, []).append(learner)
         state: dict[str, torch.Tensor] = {}
         for path, learners in by_layer.items():
-            rows = self._layers[path].logical_shape[0]
-            for name, tensor in _joined([learner.tensors(rows) for learner in learners]).items():
+            for name, tensor in _joined(learners).items():
                 state[f"{kohya_module(path)}.{name}"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
         return state
+
+    def rows(self) -> str:
+        """Which rows learn of the layers that learn in part, as JSON for a file that a later run goes on from."""
+        found = {target.layer: target.region[1:] for target in self.targets if target.region is not None}
+        for layer, count in Counter(target.layer for target in self.targets).items():
+            if count > 1:
+                found.pop(layer, None)  # in the file they are one
+        return json.dumps(found) if found else ""
+
+
+def _regions(told: str) -> dict[str, Region]:
+    """What `Training.rows` gave, from a file that may have been written to since; what it is not counts as nothing."""
+    try:
+        found = {layer: Region(0, int(start), int(length)) for layer, (start, length) in json.loads(told).items()}
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return {}
+    return {layer: region for layer, region in found.items() if region.start >= 0 < region.length}
+
+
+def _narrowed(one: Placed, region: Region | None) -> Placed:
+    """What a file has for a whole layer, with zeros for what does not learn, as one of the rows that do."""
+    adapter = one.adapter
+    if region is None or one.region is not None or _kind_of(adapter) is None:
+        return one
+    try:
+        part = adapter.rows(region.start, region.length)
+    except (IndexError, RuntimeError):
+        return one  # it has no such rows
+    if _kind_of(part) is None or _leading(part).count_nonzero() < _leading(adapter).count_nonzero():
+        return one
+    return one._replace(target=one.target._replace(region=region), adapter=part)
+
+
+def _leading(adapter: Any) -> torch.Tensor:
+    """The factor that has a row for each output, or for each group of them."""
+    if isinstance(adapter, DoRA):
+        return _leading(adapter.inner)
+    factor: torch.Tensor = getattr(adapter, "w1" if isinstance(adapter, LoKr) else "up")
+    return factor
+
+
+def _check_file(kind: str, targets: Sequence[Target]) -> None:
+    """Raise AdapterError where no file could hold what is learnt."""
+    layer, count = Counter(target.layer for target in targets).most_common(1)[0]
+    if kind == TrainableLoKr.kind and count > 1:
+        raise AdapterError(
+            f"{layer} is in {count} parts here, whose LoKrs cannot stand in one file: train a LoRA or a DoRA, or begin "
+            "a new LoKr"
+        )
 
 
 def _in_order(layers: Mapping[str, PackedLayer]) -> Callable[[Target], tuple[int, int]]:
@@ -215,16 +271,21 @@ def _detached(adapter: Adapter) -> Adapter:
     return made
 
 
-def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
-    """One LoRA of those on several parts of a layer: their ranks side by side, their scales in the factors."""
+def _joined(learners: Sequence[Trainable]) -> Mapping[str, torch.Tensor]:
+    """One LoRA or DoRA of those on several parts of a layer: their ranks side by side, their scales in the factors."""
+    parts = [learner.tensors() for learner in learners]
     if len(parts) == 1:
         return parts[0]
-    if any("dora_scale" in part for part in parts):
-        raise AdapterError("several DoRAs on parts of one layer cannot stand in one file: train whole layers")
     scales = [float(part["alpha"]) / len(part["lora_down.weight"]) for part in parts]
     down = torch.cat([part["lora_down.weight"] for part in parts])
     up = torch.cat([part["lora_up.weight"] * scale for part, scale in zip(parts, scales, strict=True)], 1)
-    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(len(down)))}
+    joined = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(float(len(down)))}
+    if "dora_scale" in parts[0]:
+        joined["dora_scale"] = parts[0]["dora_scale"].clone()  # outside of its own rows the norms, which change nothing
+        for learner, part in zip(learners[1:], parts[1:], strict=True):
+            assert learner.region is not None
+            joined["dora_scale"].narrow(*learner.region).copy_(part["dora_scale"].narrow(*learner.region))
+    return joined
 
 
 @cache

@@ -12,7 +12,6 @@ import pytest
 import torch
 from graft.kernels import AdapterError, UnsupportedFormat, by_name, dequantize, int8
 from graft.ops.int8 import Rule, use_int8
-from graft.ops.overview import size
 from graft.scripts.forge import layout, session
 from graft.scripts.forge.engine import Engine, Settings
 from graft.scripts.forge.host import Host
@@ -502,7 +501,6 @@ def test_inspecting_files(tmp_path: Any) -> None:
     assert told["b.gguf"]["types"] == "Q8_0 1" and told["b.gguf"]["general.name"] == "A toy"
     assert math.isclose(float(told["b.gguf"]["bits per weight"]), 8.5)
     assert "web page" in told["c.safetensors"]["problem"]
-    assert (size(999), size(1.234e9)) == ("999 B", "1.23 GB")
 
 
 # what the prompt says of where and when

@@ -10,6 +10,7 @@ from graft.ops import overview
 from graft.ops.extract import Change
 from graft.ops.kinds import LoKr, LoRA, Padded, Patch
 from graft.ops.layers import Linear
+from graft.ops.report import size_text
 from graft.ops.strengths import Blocks, Curve, Strength
 
 GROUPS = {
@@ -82,3 +83,14 @@ def test_a_search_wants_all_words_in_any_case() -> None:
     names = ["double_blocks.1.img_attn.qkv", "double_blocks.11.txt_attn.qkv", "IMG_in"]
     assert overview.matching("img  QKV", names) == names[:1]
     assert overview.matching(".1 ", names) == names[:2] and overview.matching("img", names) == [names[0], names[2]]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (4_712_345, "4.71 MB"), (180e6, "180 MB"), (999.6e6, "1 GB"), (1.234e9, "1.23 GB"),
+        (6.87e9, "6.87 GB"), (1.8e12, "1.8 TB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_three_digits(nbytes: float, text: str) -> None:
+    assert size_text(nbytes) == text

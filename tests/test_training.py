@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 RANK = 3
 OUT = 40
 ROWS = Region(0, 4, 6)
+"""Of OUT rows; what divides both and what is above these is 2 rows."""
 TOLERANCE = 1e-5
 
 QUANTIZED = pytest.mark.parametrize("fmt", [*oracle.QUANTIZED, *map(by_name, ("F16", "F32"))], ids=str)
@@ -121,26 +122,44 @@ def test_gradients_are_those_on_the_decoded_weight(make, kind, fmt):
     compared(layer, x, learning(layer, kind))
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+@QUANTIZED
+@EVERY_KIND
 @pytest.mark.parametrize("make", [linear, convolution])
-def test_rows_of_a_fused_layer(make, kind):
-    layer, x = make()
+def test_rows_of_a_fused_layer(make, kind, fmt):
+    layer, x = make(fmt)
     compared(layer, x, learning(layer, kind, ROWS), ROWS)
 
 
-def test_a_whole_second_factor_of_lokr():
+@pytest.mark.parametrize("region", [None, ROWS], ids=["whole", "rows"])
+def test_a_whole_second_factor_of_lokr(region):
     layer, x = linear()
-    training = shaken(Training({"layer": layer}, [Target("layer")], "LoKr", 64))
-    assert training.learners[0].w2 is not None and learning(layer, "LoKr").learners[0].w2 is None
-    compared(layer, x, training)
+    training = shaken(Training({"layer": layer}, [Target("layer", region)], "LoKr", 64))
+    assert training.learners[0].w2 is not None
+    compared(layer, x, training, region)
+
+
+@pytest.mark.parametrize(
+    ("region", "groups", "rows"),
+    [
+        (None, 8, 5), (Region(0, 0, 40), 8, 5), (Region(0, 8, 16), 8, 2), (Region(0, 0, 24), 6, 4),
+        (Region(0, 24, 16), 8, 2), (Region(0, 3, 20), 20, 1),
+    ],
+)  # fmt: skip
+def test_the_groups_of_lokr_fit_into_the_whole_weight(region, groups, rows):
+    layer, _ = linear()
+    (learner,) = learning(layer, "LoKr", region).learners
+    assert learner.adapter().shapes() == ((groups, 8), (rows, 32))
+    w1 = learner.tensors()["lokr_w1"]
+    assert len(w1) * rows == OUT and w1.count_nonzero() == learner.w1.count_nonzero()
 
 
 @EVERY_KIND
 @pytest.mark.parametrize("make", [linear, convolution])
-def test_gradcheck(make, kind):
+@pytest.mark.parametrize("region", [None, ROWS], ids=["whole", "rows"])
+def test_gradcheck(make, kind, region):
     """Against differences, in fp64; a small part of x is enough for a linear map."""
     layer, x = make(by_name("Q8_0"))
-    training = learning(layer, kind).double()
+    training = learning(layer, kind, region).double()
     x, through = x[:3].double(), _Through(training, layer)
     names = [name for name, _ in through.named_parameters()]
 
@@ -318,7 +337,10 @@ class Model(nn.Module):
 
 
 def model() -> Model:
-    made = Model()
+    return filled_with_small(Model())
+
+
+def filled_with_small(made):
     for index, layer in enumerate(packed_layers(made).values()):
         filled(layer, by_name("Q8_0"), seed=10 * index)
         layer.weight.data.view(-1, 34)[:, 1] = 0x20  # scales near 2^-7
@@ -361,6 +383,49 @@ def test_checkpointing_gives_the_same_gradients_with_what_was_beside_the_layers(
     assert_close(inside, want, 1e-6)
     assert all("forward" not in vars(block) for block in made.blocks)
     assert all(layer.residual is None for layer in found.values())
+
+
+class Telling(nn.Module):
+    """A block that works something out for those behind it, into an object and a list that all are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.Linear(64, 96), layers.Linear(96, 64)
+
+    def forward(self, x, emb, cache, seen):
+        if "emb" not in cache.held:
+            cache.held["emb"] = {"in parts": emb.chunk(2, -1)}
+            seen.append(torch.tanh(emb))
+        shift, scale = cache.held["emb"]["in parts"]
+        return x + self.second(F.silu(self.first(x))) * scale + shift * seen[0].mean()
+
+
+class Cache:
+    def __init__(self):
+        self.held, self.prefix = {}, "blocks"
+
+
+def test_what_a_block_works_out_for_others_has_its_gradient():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.blocks = layers.Linear(32, 128), nn.ModuleList(Telling() for _ in range(3))
+
+        def forward(self, x):
+            emb, cache, seen = self.embed(x), Cache(), []
+            x = emb[:, :64]
+            for block in self.blocks:
+                x = block(x, emb, cache=cache, seen=seen)
+            assert len(seen) == 1 and list(cache.held) == ["emb"]
+            return x
+
+    made, x = filled_with_small(Model()), normal(4, 32)
+    training = shaken(everywhere(made))
+    with training.beside():
+        want = way_back(made(x).square().mean(), training)
+        with checkpointed(made):
+            got = way_back(made(x).square().mean(), training)
+    assert_close(got, want, 1e-6)
 
 
 def way_back(loss: torch.Tensor, training: Training) -> list[torch.Tensor]:
@@ -519,53 +584,71 @@ def test_the_file_is_what_was_learnt_and_training_goes_on_from_it(make, kind, tm
     with training.beside():
         want = layer(x)
     write_lora(tmp_path / "lora.safetensors", training.state(), "fp32", {})
-    fitted = load_adapters(tmp_path / "lora.safetensors", "comfy").on(found, norm="comfy")
-    stack = ResidualStack()
-    fitted.add_to(stack, 1.0)
-    stack.build(found, FactorCache())
-    with stack.active(found, CPU):
-        assert_close([layer(x)], [want])
-    again = Training.going_on(found, fitted.placed)
+    got, placed = running(tmp_path / "lora.safetensors", layer, x)
+    assert_close([got], [want])
+    again = Training.going_on(found, placed)
     assert again.kind == kind and again.rank == training.rank
     with again.beside():
         assert_close([layer(x)], [want])
 
 
+def running(path, layer, x: torch.Tensor):
+    """The layer's output with a file's adapters beside it, and where they are."""
+    fitted, stack = load_adapters(path, "comfy").on({"layer": layer}, norm="comfy"), ResidualStack()
+    fitted.add_to(stack, 1.0)
+    stack.build({"layer": layer}, FactorCache())
+    with stack.active({"layer": layer}, CPU):
+        return layer(x), fitted.placed
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("make", [linear, convolution])
+def test_rows_of_a_fused_layer_in_a_file(make, kind, tmp_path):
+    """The file is of the whole layer; what goes on from it is these rows again."""
+    layer, x = make()
+    training, path = learning(layer, kind, ROWS), tmp_path / "lora.safetensors"
+    with training.beside():
+        want = layer(x)
+    write_lora(path, training.state(), "fp32", {})
+    got, placed = running(path, layer, x)
+    assert_close([got], [want])
+    assert_close([got.narrow(1, 0, ROWS.start)], [layer(x).narrow(1, 0, ROWS.start)], 1e-6)
+    again = Training.going_on({"layer": layer}, placed, told=training.rows())
+    assert again.targets == training.targets and again.named().keys() == training.named().keys()
+    assert_close(list(again.parameters()), list(training.parameters()), 1e-6)
+    with again.beside():
+        assert_close([layer(x)], [want])
+
+
+@EVERY_KIND
+def test_rows_that_a_file_does_not_have_are_not_taken(kind, tmp_path):
+    """What is said of rows may be of another file, since tools copy metadata."""
+    layer, _ = linear()
+    training, path = learning(layer, kind), tmp_path / "lora.safetensors"
+    write_lora(path, training.state(), "fp32", {})
+    placed = load_adapters(path, "comfy").on({"layer": layer}, norm="comfy").placed
+    for told in ('{"layer": [0, 4]}', '{"layer": [-4, 8]}', '{"layer": [38, 8]}', '{"layer": [0]}', "[]", "no JSON"):
+        assert Training.going_on({"layer": layer}, placed, told=told).targets == (Target("layer"),)
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
-def test_parts_of_a_fused_layer_in_a_file(kind, tmp_path):
+def test_several_parts_of_one_layer_stand_in_one_lora(kind, tmp_path):
     layer, x = linear()
-    found = {"layer": layer}
-    training = learning(layer, kind, ROWS)
+    targets = [Target("layer", Region(0, 0, 4)), Target("layer", Region(0, 4, 30))]
+    training, path = shaken(Training({"layer": layer}, targets, kind, RANK, 2.0)), tmp_path / "lora.safetensors"
     with training.beside():
         want = layer(x)
-    write_lora(tmp_path / "lora.safetensors", training.state(), "fp32", {})
-    stack = ResidualStack()
-    load_adapters(tmp_path / "lora.safetensors", "comfy").on(found, norm="comfy").add_to(stack, 1.0)
-    stack.build(found, FactorCache())
-    with stack.active(found, CPU):
-        assert_close([layer(x)], [want])
-
-
-def test_several_parts_of_one_layer_stand_in_one_lora(tmp_path):
-    layer, x = linear()
-    found = {"layer": layer}
-    targets = [Target("layer", Region(0, 0, 4)), Target("layer", Region(0, 4, 36))]
-    training = shaken(Training(found, targets, "LoRA", RANK, 2.0))
-    with training.beside():
-        want = layer(x)
-    write_lora(tmp_path / "lora.safetensors", training.state(), "fp32", {})
-    stack = ResidualStack()
-    load_adapters(tmp_path / "lora.safetensors").on(found).add_to(stack, 1.0)
-    stack.build(found, FactorCache())
-    with stack.active(found, CPU):
-        assert_close([layer(x)], [want])
+    write_lora(path, training.state(), "fp32", {})
+    assert_close([running(path, layer, x)[0]], [want])
+    assert not training.rows()
 
 
 def test_what_cannot_be_trained_says_so():
     layer, _ = linear()
     with pytest.raises(AdapterError, match="no layer is left to train"):
         Training({"layer": layer}, [])
-    with pytest.raises(AdapterError, match="a LoKr learns beside whole layers"):
-        Training({"layer": layer}, [Target("layer", ROWS)], "LoKr")
+    parts = [Target("layer", Region(0, 0, 4)), Target("layer", Region(0, 4, 36))]
+    with pytest.raises(AdapterError, match="layer is in 2 parts here, whose LoKrs cannot stand in one file"):
+        Training({"layer": layer}, parts, "LoKr")
     grouped = filled(layers.Conv2d(64, 12, 2, groups=2), by_name("Q8_0"))
     assert not can_learn(grouped) and not can_learn(layers.Embedding(4, 8))

@@ -25,6 +25,7 @@ from graft.ops.files.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from graft.ops.files.writer import check_place  # noqa: E402
 from graft.ops.make import VERSION, plan_model, provenance, sha256_of, write_model  # noqa: E402
 from graft.ops.recipes import NAMES, parse_rules, recipe_named  # noqa: E402
+from graft.ops.report import size_text  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def _make(options: argparse.Namespace) -> None:
     )
     size = write_model(target, plan, entries, options.overwrite, _progress(plan.weights))
     seconds = time.monotonic() - started
-    print(f"\n{target}: {size / 1e9:.2f} GB in {seconds:.0f} s, {plan.weights / seconds / 1e6:.1f} M weights a second")
+    print(f"\n{target}: {size_text(size)} in {seconds:.0f} s, {plan.weights / seconds / 1e6:.1f} M weights a second")
 
 
 def _lora(text: str) -> tuple[str, float]:

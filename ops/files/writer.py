@@ -21,6 +21,7 @@ from typing import BinaryIO, NamedTuple, TypeAlias
 import torch
 
 from ...kernels import Format, GraftError
+from ..report import size_text
 from .mapped import is_mapped
 
 _VERSION, _ALIGNMENT = 3, 32
@@ -110,7 +111,7 @@ def check_place(path: Path, size: int, overwrite: bool = False) -> None:
     free = shutil.disk_usage(folder).free
     if size + _ROOM > free and size:
         raise GraftError(
-            f"the disk is too full, {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: make room, or "
+            f"the disk is too full, {size_text(size)} are needed and {size_text(free)} are free: make room, or "
             f"choose a smaller type ({path})"
         )
 

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from ...kernels import GraftError, plain
 from ...ops.files.gguf import open_gguf
 from ...ops.files.lora import load_adapters
-from ...ops.overview import size
-from ...ops.report import modules_of
+from ...ops.report import modules_of, size_text
 
 SUFFIXES = (".gguf", ".safetensors")
 
@@ -37,7 +36,7 @@ def inspect(path: Path) -> list[tuple[str, str]]:
     except (GraftError, OSError) as error:
         return [("file", path.name), ("problem", str(error))]
     shown = [(what, plain(text[:_LONGEST])) for what, text in rows]
-    return [("file", path.name), ("size", size(path.stat().st_size)), *shown]
+    return [("file", path.name), ("size", size_text(path.stat().st_size)), *shown]
 
 
 def _gguf(path: Path) -> list[tuple[str, str]]:

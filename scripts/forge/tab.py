@@ -9,7 +9,7 @@ from typing import Protocol
 
 import gradio as gr
 
-from ...ops.overview import size
+from ...ops.report import size_text
 from . import inspection, pictures
 from .engine import Settings
 from .session import OPTIONS, Part, UsedLora
@@ -114,7 +114,7 @@ def _part_row(part: Part) -> tuple[str, ...]:
     others = ", ".join(f"{name} {count}" for name, count in part.others.most_common())
     refused = "".join(f"; {count} in Forge's own forward: {why}" for why, count in part.refused.items())
     counted = f"{part.layers}: {types}{refused}" if part.layers else "none"
-    return part.title, part.architecture, counted, others, size(part.nbytes)
+    return part.title, part.architecture, counted, others, size_text(part.nbytes)
 
 
 def _baked_note(part: Part) -> str:

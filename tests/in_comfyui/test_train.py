@@ -13,9 +13,10 @@ import folder_paths
 import nodes
 import pytest
 import torch
+from architectures import NARROW
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from conftest import ROOT
-from generation import distance, sample
+from generation import both_models, distance, sample
 from graft.demo import pictures
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -233,7 +234,7 @@ def test_which_layers(pack, demo, output):
     targets = pack("nodes.train_targets").targets
 
     def named(which, pattern=""):
-        return {target.layer.removeprefix("diffusion_model.") for target in targets(demo, which, pattern, "LoRA")}
+        return {target.layer.removeprefix("diffusion_model.") for target in targets(demo, which, pattern)}
 
     attention, mlp = named("attention"), named("MLP")
     assert all("attn" in name for name in attention) and len(attention) == 32
@@ -256,11 +257,49 @@ def test_rows_of_a_fused_layer(pack):
         names("single_transformer_blocks.0.proj_mlp", Region(0, 24, 32)),
     ]
     path = "diffusion_model.single_blocks.0.linear1"
-    assert train_._target(path, "attention", parts, "LoRA") == train_.Target(path, Region(0, 0, 24))
-    assert train_._target(path, "MLP", parts, "DoRA") == train_.Target(path, Region(0, 24, 32))
-    assert train_._target(path, "attention and MLP", parts, "LoRA") == train_.Target(path)
-    assert train_._target(path, "attention", parts, "LoKr") == train_.Target(path)
-    assert train_._target("diffusion_model.single_blocks.0.modulation.lin", "attention", (), "LoRA") is None
+    assert train_._target(path, "attention", parts) == train_.Target(path, Region(0, 0, 24))
+    assert train_._target(path, "MLP", parts) == train_.Target(path, Region(0, 24, 32))
+    assert train_._target(path, "attention and MLP", parts) == train_.Target(path)
+    assert train_._target("diffusion_model.single_blocks.0.modulation.lin", "attention", ()) is None
+
+
+@pytest.fixture(scope="module")
+def flux(pack, tmp_path_factory):
+    """``(architecture, graft, dense)`` of a Flux with queries, keys and values in one layer with a part of the MLP."""
+    with both_models(pack, NARROW["flux"], "Q4_K", tmp_path_factory.mktemp("flux")) as models:
+        yield models
+
+
+@pytest.mark.parametrize("which", ["attention", "MLP"])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoKr"])
+def test_rows_of_a_fused_layer_are_learnt_and_every_loader_reads_them(pack, flux, output, kind, which):
+    architecture, graft, dense = flux
+    latents = {"samples": torch.randn(architecture.latent, generator=torch.Generator().manual_seed(1))}
+    positive = [architecture.conditioning()]
+    given = {"kind": kind, "layers": which, "batch_size": 1, "file": "fp32", "learning_rate": 1e-2, "seed": 5}
+    model, *_, path, _ = train(pack, graft, latents, positive, steps=2, **given)
+    linear1 = "diffusion_model.single_blocks.0.linear1"
+    start, end = (0, 3 * 1024) if which == "attention" else (3 * 1024, 7 * 1024)
+    assert json.loads(safe_open(path, "pt").metadata()["graft.rows"])[linear1] == [start, end - start]
+    (patch,) = model.residuals.patches[f"{linear1}.weight"]
+    adapter = getattr(patch.adapter, "inner", patch.adapter)  # what a DoRA scales is all rows, by 1 outside of these
+    learnt = adapter.delta(torch.zeros(7 * 1024, 1024)).any(1)
+    assert learnt[start:end].any() and not learnt[:start].any() and not learnt[end:].any()
+    want = sample(model, architecture)
+    name = os.path.basename(path)
+    for loaded in (
+        nodes.LoraLoader().load_lora(graft, None, name, 1.0, 0.0)[0],
+        pack("nodes.lora").GraftLoraStack().apply(graft, lora_1=name)["result"][0],
+    ):
+        assert distance(sample(loaded, architecture), want) < 1e-6
+    # the host's own model has weights of its own kind, into which the host merges the file
+    stock = nodes.LoraLoader().load_lora(dense, None, name, 1.0, 0.0)[0]
+    effect = sample(stock, architecture) - sample(dense, architecture)
+    assert distance(want - sample(graft, architecture), effect) < 1e-3
+    whole = train(pack, graft, latents, positive, steps=4, **given)
+    first = interrupted(pack, graft, latents, positive, after=2, steps=4, **given)
+    rest = train(pack, graft, latents, positive, steps=4, resume_from=os.path.basename(first), **given)
+    assert "exactly" in rest[5] and all(torch.equal(rest[1][key], whole[1][key]) for key in whole[1])
 
 
 def test_another_architecture_in_bf16(pack, sd3, output):  # noqa: F811
