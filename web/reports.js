@@ -39,6 +39,7 @@ const ZH = [
   ],
   [/ \(compute_dtype (\w+) is faster on this processor\)/g, "（在这个处理器上 compute_dtype 选 $1 更快）"],
   [/int8 is not used: /g, "没有使用 int8："],
+  [/this processor is faster in bf16 \(AMX\): choose bf16/g, "这个处理器用 bf16 更快（AMX）：请选 bf16"],
   [/made by Graft: /g, "由 Graft 制作："],
   [/ · with an importance matrix/g, " · 使用了重要性矩阵"],
   [/ · sees with /g, " · 视觉投影 "],
