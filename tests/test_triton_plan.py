@@ -260,6 +260,14 @@ for launcher in (launch.dequantize_launch(fmt, 64), launch.matvec_launch(fmt, 25
 """
 
 
+def test_a_call_asks_little_of_torch():
+    """With one row of x: memory for the result, and for the ranks; four views and products for each part of a layer."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_host.py"), "--answer"]
+    cases = "no LoRA\na LoRA\na LoRA for each of three parts\n"
+    done = subprocess.run(command, input=cases, capture_output=True, text=True)
+    assert [int(line.split()[0]) for line in done.stdout.splitlines()] == [1, 2, 2 + 3 * 4], done.stderr
+
+
 @pytest.mark.parametrize("again", ["right", "wrong", "an error"])
 def test_what_is_kept_is_tried_first(again, monkeypatch):
     def decode(data, fmt, out):
