@@ -39,15 +39,36 @@ SIZE = 32
 """Of a side of the latent, where nothing else is said: 256 tokens."""
 PARTS = ("packs", "strengths")
 # each beside what the loader is told: the peer takes the host's dtype, which on a CPU is fp32, and so does "graft"
-VARIANTS = {"peer": "auto", "graft": "auto", "graft bf16": "bf16", "graft int8": "int8"}
+VARIANTS = {
+    "peer": "auto",
+    "peer bf16": "auto",
+    "graft": "auto",
+    "graft bf16": "bf16",
+    "graft int8": "int8",
+    "graft int8 fp32": "int8",
+}
+# where nothing else is said
+USUAL = ("peer", "graft", "graft bf16", "graft int8")
+# what the host is then told to compute in: the peer's loader has no such input, and ours takes bf16 beside int8 where a
+# processor has it
+TOLD = {"peer bf16": "bfloat16", "graft int8 fp32": "float32"}
 # on a GPU the host computes in bf16, and so do the peer and "graft"
 ON_GPU = ("bf16", "peer", "graft", "graft int8")
+# one way by another, turn by turn
+SHARES = (
+    ("graft bf16", "peer bf16"),
+    ("graft int8", "graft"),
+    ("graft int8", "graft bf16"),
+    ("graft int8 fp32", "graft bf16"),
+)
 TITLES = {
     "bf16": "unquantized bf16",
     "peer": "ComfyUI-GGUF",
+    "peer bf16": "ComfyUI-GGUF, bf16",
     "graft": "Graft",
     "graft bf16": "Graft, bf16",
     "graft int8": "Graft, int8",
+    "graft int8 fp32": "Graft, int8 and fp32",
 }
 
 
@@ -61,7 +82,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--text", type=int, help="tokens of the prompt (default: 128, and on a GPU 512)")
     parser.add_argument("--width", type=int, default=3072, help="of the Flux blocks, a multiple of 128")
-    parser.add_argument("--variants", nargs="+", choices=list(TITLES), help="default: all; 'bf16' is for --gpu")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(TITLES),
+        help="default: all in fp32, and Graft's in bf16 and int8; 'bf16' is for --gpu",
+    )
     parser.add_argument("--gpu", action="store_true", help="on a GPU: packs and unquantized bf16, into a CSV")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of --gpu; cpu tries it without one")
     parser.add_argument("--out", type=Path, help="CSV of --gpu (default: benchmarks/results/<card>/comfyui.csv)")
@@ -72,7 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--memory", nargs=2, metavar=("VARIANT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    usual = (20, 128, 512, ON_GPU) if options.gpu else (5, SIZE, 128, tuple(VARIANTS))
+    usual = (20, 128, 512, ON_GPU) if options.gpu else (5, SIZE, 128, USUAL)
     for name, value in zip(("turns", "side", "text", "variants"), usual, strict=True):
         setattr(options, name, getattr(options, name) or value)
     if "bf16" in options.variants and not options.gpu:
@@ -122,9 +148,15 @@ def load(variant: str, path: Path, classes: dict):
             folder_paths.folder_names_and_paths[key] = ([str(path.parent), *paths], set(extensions) | {".gguf"})
     if variant == comfy_gpu.BASELINE:
         return comfy_gpu.unquantized(pack, path)
-    if variant == "peer":
-        return classes["UnetLoaderGGUF"]().load_unet(path.name)[0]
-    return classes["GraftUNETLoader"]().load(path.name, compute_dtype=VARIANTS[variant])["result"][0]
+    if variant.startswith("peer"):
+        model = classes["UnetLoaderGGUF"]().load_unet(path.name)[0]
+    else:
+        model = classes["GraftUNETLoader"]().load(path.name, compute_dtype=VARIANTS[variant])["result"][0]
+    if variant in TOLD:
+        import torch
+
+        model.model.manual_cast_dtype = getattr(torch, TOLD[variant])
+    return model
 
 
 def grafted(model, count: int, width: int = 3072):
@@ -178,8 +210,8 @@ def conditioning(tokens: int = 128) -> list:
 def measure(type_name: str, folder: Path, classes: dict, options: argparse.Namespace) -> list[dict]:
     """Rows of one type: median seconds a step of every variant with 0, 1 and 4 LoRAs, each once in every turn.
 
-    What LoRAs cost, and what int8 takes, are medians of shares within a turn: what changes from turn to turn, the
-    machine, drops out.
+    What LoRAs cost, and what one way takes of another's time, are medians of shares within a turn: what changes from
+    turn to turn, the machine, drops out.
     """
     bases = {variant: load(variant, folder / f"{type_name}.gguf", classes) for variant in options.variants}
     models = {(n, variant): grafted(base, n, options.width) for n in LORAS for variant, base in bases.items()}
@@ -191,14 +223,15 @@ def measure(type_name: str, folder: Path, classes: dict, options: argparse.Names
             times[which].append(seconds_a_step(model, options))
     rows = []
     for count in LORAS:
-        row = {"type": type_name, "loras": count, "cost": {}}
+        row = {"type": type_name, "loras": count, "cost": {}, "shares": {}}
         for variant in options.variants:
             seconds = times[count, variant]
             row[variant] = statistics.median(seconds)
             row["cost"][variant] = share(seconds, times[0, variant]) - 1
             print(f"  {type_name} {count} LoRAs: {variant} {[round(t, 2) for t in seconds]}", flush=True)
-        if {"graft", "graft int8"} <= bases.keys():
-            row["int8 share"] = share(times[count, "graft int8"], times[count, "graft"])
+        for ours, other in SHARES:
+            if {ours, other} <= bases.keys():
+                row["shares"][ours, other] = share(times[count, ours], times[count, other])
         rows.append(row)
     return rows
 
@@ -261,14 +294,14 @@ def peak_resident() -> float:
 def table(rows: list[dict], memory: dict[tuple[str, str], float]) -> str:
     """Two Markdown tables: seconds and ratios, and memory."""
     variants = [v for v in VARIANTS if v in rows[0]]
-    ours = [v for v in variants if v != "peer"] if "peer" in variants else []
+    ours = [v for v in variants if not v.startswith("peer")] if "peer" in variants else []
     titles = [TITLES[v] for v in variants] + [f"times its speed: {TITLES[v]}" for v in ours]
-    titles += ["int8 takes of Graft's time"] if "int8 share" in rows[0] else []
+    titles += [f"{TITLES[v]}: share of the time of {TITLES[other]}" for v, other in rows[0]["shares"]]
     types = dict.fromkeys(row["type"] for row in rows)
     lines = [_line(["type", "LoRAs", *titles, "LoRAs cost"]), _line(["---"] * (len(titles) + 3))]
     for row in rows:
         cells = [f"{row[v]:.2f} s" for v in variants] + [f"{row['peer'] / row[v]:.1f}" for v in ours]
-        cells += [f"{row['int8 share']:.2f}"] if "int8 share" in row else []
+        cells += [f"{taken:.2f}" for taken in row["shares"].values()]
         cost = " / ".join(f"{row['cost'][v]:+.0%}" for v in variants) if row["loras"] else ""
         lines.append(_line([row["type"], str(row["loras"]), *cells, cost]))
     if memory:

@@ -91,6 +91,9 @@ def _launch(case: Case):
     from graft.kernels.triton_ import launch, plan
 
     fmt = by_name(case.fmt)
+    if case.kernel == "project":  # which reads no packed weights
+        found = launch.project_launch()
+        return found, found.constants["UNIT"]
     if case.kernel == "dequantize":
         found = launch.dequantize_launch(fmt, launch.block_of(fmt, 4096))
         return found, found.constants["BLOCKS"] * found.constants["QK"]
@@ -113,12 +116,12 @@ def _compile(case: Case):
 
     launch, weights = _launch(case)
     absent = {"table"} if by_name(case.fmt).book is None else set()
-    if not case.low_rank:
+    if not case.low_rank and case.kernel != "project":
         absent |= {"bias", "t", "up"}
     kernel = launch.kernel
     constants = launch.constants | {name: None for name in kernel.arg_names if name in absent}
-    pointers = {"data": "*u8", "table": "*i32", "scales": "*fp32"}
-    pointers |= dict.fromkeys(("x", "out", "bias", "t", "up"), f"*{_OUT.get(case.kernel, case.dtype)}")
+    pointers = {"data": "*u8", "table": "*i32", "scales": "*fp32", "scale": "*fp32"}
+    pointers |= dict.fromkeys(("x", "out", "bias", "down", "t", "up"), f"*{_OUT.get(case.kernel, case.dtype)}")
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     aligned = [name not in constants and (name == "k" or (name in pointers and name != "data")) for name in signature]
     attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}

@@ -11,7 +11,7 @@ from . import compiled as _compiled  # noqa: F401  (registers the operators)
 from . import int8
 from .backends import BACKENDS, Choice, choose, warm
 from .cpu import SLOW_DTYPES, has_fast_bf16
-from .dispatch import LowRank, decoded_rows, dequantize, embedding, is_slow, is_widened, linear
+from .dispatch import LowRank, decoded_rows, dequantize, embedding, is_slow, linear
 from .errors import AdapterError, CorruptFile, GraftError, NoBackend, OutOfMemory, UnsupportedFormat, plain
 from .formats import FORMATS, Format, by_name, by_type
 from .scratch import is_full, retried
@@ -19,5 +19,5 @@ from .scratch import is_full, retried
 __all__ = [
     "BACKENDS", "FORMATS", "SLOW_DTYPES", "AdapterError", "Choice", "CorruptFile", "Format", "GraftError", "LowRank",
     "NoBackend", "OutOfMemory", "UnsupportedFormat", "by_name", "by_type", "choose", "decoded_rows", "dequantize",
-    "embedding", "has_fast_bf16", "int8", "is_full", "is_slow", "is_widened", "linear", "plain", "retried", "warm",
+    "embedding", "has_fast_bf16", "int8", "is_full", "is_slow", "linear", "plain", "retried", "warm",
 ]  # fmt: skip

@@ -130,6 +130,11 @@ def has_fast_bf16() -> bool:
     return not _features().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
+def has_tiles() -> bool:
+    """Whether this processor multiplies matrices of bf16 in tiles (AMX), several times as fast as in vectors."""
+    return "amx_bf16" in _features()
+
+
 def has_int8() -> bool:
     """Whether this processor adds up products of bytes in one instruction, four at a time (VNNI, AMX)."""
     return not _features().isdisjoint(("avx512_vnni", "avx_vnni", "amx_int8"))

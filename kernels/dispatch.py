@@ -207,7 +207,7 @@ def _add_low_rank(out: torch.Tensor, t: torch.Tensor, low_rank: LowRank, rows: s
         if begin < end:
             part = _in(_part(up, 0, begin - start, end - begin), out.dtype)
             target, ranks = _part(out, 1, begin - rows.start, end - begin), _part(t, 1, first, up.shape[1])
-            if _writes_strided(out.device):
+            if _writes_strided(out):
                 target.addmm_(ranks, part.t())
             else:
                 target.add_(ranks @ part.t())
@@ -217,7 +217,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     """``out = x · weightᵀ + bias``, out a slice of columns."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[0] <= cpu.onednn_rows():
         out.copy_(cpu.onednn_linear(x, weight, bias))
-    elif not _writes_strided(x.device):
+    elif not _writes_strided(out):
         out.copy_(F.linear(x, weight, bias))
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
@@ -225,21 +225,35 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _writes_strided(device: torch.device) -> bool:
+def _writes_strided(out: torch.Tensor) -> bool:
     """Whether a product may be written into a slice: up to macOS 14 MPS loses it (pytorch#104832)."""
-    return device.type != "mps"
+    return not out.is_mps
 
 
 def _linear_by_chunks(
-    x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, t: torch.Tensor | None,
-    low_rank: LowRank | None, bias: torch.Tensor | None, backend: str, scale: torch.Tensor | None,
+    x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, low_rank: LowRank | None,
+    bias: torch.Tensor | None, backend: str, scale: torch.Tensor | None,
 ) -> None:  # fmt: skip
+    t = None if low_rank is None else low_rank.project(x)
+    bias = None if bias is None else _in(bias, x.dtype)
     for rows, weight in decoded_rows(data, fmt, out.shape[1], x.shape[1], x.dtype, backend, scale):
         part = out[:, rows]
         _multiply(x, weight, None if bias is None else bias[rows], part)
         if t is not None and low_rank is not None:
             # while this part of the output is still in cache
             _add_low_rank(part, t, low_rank, rows)
+
+
+def _linear_with_gradient(
+    x: torch.Tensor, data: torch.Tensor, fmt: Format, rows: int, low_rank: LowRank | None, bias: torch.Tensor | None,
+    backend: str, scale: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    # on the way back autograd asks for the weight again: it must not lie in the scratch
+    weight = _whole(data, fmt, (rows, x.shape[1]), x.dtype, backend, scale)
+    out = F.linear(x, weight, None if bias is None else _in(bias, x.dtype))
+    if low_rank is not None:
+        _add_low_rank(out, low_rank.project(x), low_rank, slice(0, rows))
+    return out
 
 
 @scratch.retried
@@ -276,35 +290,31 @@ def linear(
     if torch.compiler.is_compiling():
         return _linear_in_graph(x, data, fmt, bias, residual, n, backend, scale)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if flat.shape[1] * n != _count(data, fmt):
-        columns = f"x has {flat.shape[1]} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}"
+    m, k = flat.shape
+    if k * n != _count(data, fmt):
+        columns = f"x has {k} columns, but the {fmt} weight has {_count(data, fmt) // max(n, 1)}"
         raise WrongInput(f"{columns}: is the text encoder that of this model?")
     chosen = backends.choose(x.device, fmt, backend).name if fmt.is_quantized else "torch"
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
-    if not needs_grad and is_widened(x, chosen):
-        return linear(x.float(), data, fmt, bias, residual, n, backend, scale).to(x.dtype)
-    if bias is not None:
-        bias = _in(bias, x.dtype)
-    if needs_grad:
-        t = residual.project(flat) if residual is not None else None
-        # on the way back autograd asks for the weight again: it must not lie in the scratch
-        out = F.linear(flat, _whole(data, fmt, (n, flat.shape[1]), x.dtype, backend, scale), bias)
-        if t is not None and residual is not None:
-            _add_low_rank(out, t, residual, slice(0, n))
+    if torch.is_grad_enabled() and x.requires_grad:
+        out = _linear_with_gradient(flat, data, fmt, n, residual, bias, backend, scale)
         return out.view(*x.shape[:-1], n)
-    t = residual.project(flat) if residual is not None else None
-    out = flat.new_empty(flat.shape[0], n)
-    if not (chosen == "triton" and _linear_in_triton(flat, data, fmt, out, t, residual, bias, scale)):
-        _linear_by_chunks(flat, data, fmt, out, t, residual, bias, backend, scale)
+    kernel = _kernel(chosen, m, n, k, fmt, x)
+    if kernel is None and _is_widened(x, chosen):
+        return linear(x.float(), data, fmt, bias, residual, n, backend, scale).to(x.dtype)
+    out = flat.new_empty(m, n)
+    if kernel is not None:
+        _linear_in_triton(kernel, flat, data, fmt, out, residual, bias, scale)
+    else:
+        _linear_by_chunks(flat, data, fmt, out, residual, bias, backend, scale)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 
 def is_slow(x: torch.Tensor) -> bool:
     """Whether x is better multiplied in fp32: it is narrower, and on a processor without products of its dtype."""
-    return x.device.type == "cpu" and x.dtype in cpu.SLOW_DTYPES
+    return x.dtype in cpu.SLOW_DTYPES and x.device.type == "cpu"
 
 
-def is_widened(x: torch.Tensor, backend: str) -> bool:
+def _is_widened(x: torch.Tensor, backend: str) -> bool:
     """Whether `linear` multiplies a narrower x in fp32: where it is slow, and where it has few rows.
 
     The `cpu` backend writes fp32: for a few rows the product costs less than casting the weight would.
@@ -332,34 +342,46 @@ def _apart(
     return low_rank.down, low_rank.scale, [up for _, _, up in low_rank.ups], places
 
 
+def _kernel(backend: str, m: int, n: int, k: int, fmt: Format, x: torch.Tensor) -> str | None:
+    """The kernel that multiplies packed bytes as they are, if there is one that wins; None where chunks do."""
+    if backend != "triton" or k % fmt.block_size:
+        return None
+    kernel = backends.triton_backend().choose(m, n, k, fmt, x.device, x.dtype)  # type: ignore[union-attr]
+    return None if kernel == "dequantize" else kernel
+
+
 def _linear_in_triton(
-    x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, t: torch.Tensor | None,
-    low_rank: LowRank | None, bias: torch.Tensor | None, scale: torch.Tensor | None,
-) -> bool:  # fmt: skip
-    """Run a matvec or fused kernel if the table says that it wins; False if chunks do."""
+    kernel: str, x: torch.Tensor, data: torch.Tensor, fmt: Format, out: torch.Tensor, low_rank: LowRank | None,
+    bias: torch.Tensor | None, scale: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Run ``matvec`` or ``matmul``, which take a bias of any dtype."""
     triton = backends.triton_backend()
     assert not isinstance(triton, str)
-    kernel = triton.choose(x.shape[0], out.shape[1], x.shape[1], fmt, x.device, x.dtype)
-    if kernel == "dequantize" or x.shape[1] % fmt.block_size:
-        return False
+    run, t = getattr(triton, kernel), None
+    if low_rank is not None and kernel == "matvec":
+        # torch would take two operations, of which the first is a GEMM made for many rows
+        t = x.new_empty(x.shape[0], low_rank.down.shape[0])
+        triton.project(x, low_rank.down, low_rank.scale, t)
+    elif low_rank is not None:
+        t = low_rank.project(x)
     if scale is not None:
         # in fp32: what has not been scaled yet may be more than fp16 holds
         wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        getattr(triton, kernel)(x, data, fmt, wide, None, None)
+        run(x, data, fmt, wide, None, None)
         out.copy_(wide.mul_(scale) if bias is None else wide.mul_(scale).add_(bias))
-        if t is not None and low_rank is not None:
-            _add_low_rank(out, t, low_rank, slice(0, out.shape[1]))
-        return True
-    # the epilogue takes one term that spans the whole layer; slices are added behind it
-    spans = low_rank is not None and len(low_rank.ups) == 1 and low_rank.ups[0][2].shape[0] == out.shape[1]
-    epilogue = None
-    if t is not None and low_rank is not None and spans:
+    elif low_rank is not None and t is not None and _spans(low_rank, out.shape[1]):
         _, first, up = low_rank.ups[0]
-        epilogue = (_part(t, 1, first, up.shape[1]), up)
-    getattr(triton, kernel)(x, data, fmt, out, bias, epilogue)
-    if t is not None and low_rank is not None and not spans:
+        run(x, data, fmt, out, bias, (_part(t, 1, first, up.shape[1]), up))
+        return
+    else:
+        run(x, data, fmt, out, bias, None)
+    if low_rank is not None and t is not None:
         _add_low_rank(out, t, low_rank, slice(0, out.shape[1]))
-    return True
+
+
+def _spans(low_rank: LowRank, rows: int) -> bool:
+    """Whether it is one term on all rows of the layer, which a kernel adds itself; slices are added behind it."""
+    return len(low_rank.ups) == 1 and low_rank.ups[0][2].shape[0] == rows
 
 
 def embedding(
@@ -385,4 +407,4 @@ def embedding(
     return rows.view(*indices.shape, width)
 
 
-__all__ = ["LowRank", "decoded_rows", "dequantize", "embedding", "is_slow", "is_widened", "linear"]
+__all__ = ["LowRank", "decoded_rows", "dequantize", "embedding", "is_slow", "linear"]

@@ -30,9 +30,9 @@ BLOCK = 256
 LEAST_ROWS = 384
 """Rows of x from which int8 is worth decoding to, on a CPU against fp32 products (`benchmarks/bench_int8.py`)."""
 
-LEAST_ROWS_BF16 = 2048
-"""The same against native bf16 products, estimated: a row of x saves 0.9 ns on a thousand weights there, and encoding
-these costs 1200 to 1500. No such processor has been measured with whole layers."""
+LEAST_ROWS_BF16 = 768
+"""The same against native bf16 products (AVX512-BF16), which take half the time of fp32: encoding a thousand weights
+takes as long there as what 450 to 600 rows of x save on them."""
 
 # what a processor rotates at a time, in fp32, should stay close to it; a product may be larger, in int8
 _CHUNK_BYTES = 4 << 20
@@ -77,8 +77,11 @@ def _multiplies(name: str, state: dict) -> bool:
 
 
 def _unavailable_on_cpu() -> str | None:
+    if cpu.has_tiles():
+        # encoding a weight takes as long as on others, and bf16 products are too fast to win that back
+        return "this processor is faster in bf16 (AMX): choose bf16"
     if not cpu.has_int8():
-        return "this processor has no fast int8 products (VNNI or AMX)"
+        return "this processor has no fast int8 products (VNNI)"
     a = torch.arange(-128, 128, dtype=torch.int8).repeat(4, 1)
     try:
         right = torch.equal(torch._int_mm(a, a.t()), a.int() @ a.int().t())

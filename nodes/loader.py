@@ -52,7 +52,7 @@ _READS_METADATA = "metadata" in inspect.signature(comfy.sd.load_diffusion_model_
 """Whether the host's own loader hands on what a safetensors file says of itself: the ``config`` of LTXV and Wan."""
 
 COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": None}
-"""What a model computes in; None is the host's choice, which is also that of what int8 leaves out."""
+"""What a model computes in; None is the host's choice, and with int8 see `_dtype_of`."""
 
 COMPUTE_DTYPE = (
     list(COMPUTE_DTYPES),
@@ -101,7 +101,7 @@ def load_diffusion_model(
     asked = Asked(with_leading_ones(weights if added is None else _with_module(weights, added)))
     device = comfy.model_management.get_torch_device()
     choice = kernels.choose(torch.device(device), None, backend)
-    dtype = COMPUTE_DTYPES[compute_dtype]
+    dtype = _dtype_of(compute_dtype, torch.device(device))
     options: dict[str, Any] = {"custom_operations": GraftOps} | ({} if dtype is None else {"dtype": dtype})
     try:
         state = _in_hosts_names(asked, metadata)
@@ -133,6 +133,18 @@ def load_diffusion_model(
     again = functools.partial(load_diffusion_model, module=module)
     patcher.cached_patcher_init = (again, (path, compute_dtype, backend))
     return adopt(patcher)
+
+
+def _dtype_of(compute_dtype: str, device: torch.device) -> torch.dtype | None:
+    """What the host is to compute in; None where it chooses.
+
+    With int8 what int8 leaves out is in bf16 on a processor that multiplies it natively: there int8 is measured against
+    bf16, and takes part where it is faster than that.
+    """
+    is_native = device.type == "cpu" and kernels.has_fast_bf16()
+    if compute_dtype == "int8" and is_native and int8.unavailable(device) is None:
+        return torch.bfloat16
+    return COMPUTE_DTYPES[compute_dtype]
 
 
 def _with_module(weights: dict[str, torch.Tensor], module: GGUFFile) -> dict[str, torch.Tensor]:

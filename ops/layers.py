@@ -27,13 +27,11 @@ from ..kernels import (
     GraftError,
     LowRank,
     UnsupportedFormat,
-    choose,
     decoded_rows,
     dequantize,
     embedding,
     int8,
     is_slow,
-    is_widened,
     linear,
     retried,
 )
@@ -195,7 +193,9 @@ class PackedLayer(nn.Module):
 
         Hosts that offload weights override this with their own way of bringing them in.
         """
-        weight, bias, device = self.weight, self.bias, x.device
+        # a module takes a while to find its own weight
+        weight, bias, device = self._parameters["weight"], self._parameters.get("bias"), x.device
+        assert weight is not None
         return _at(weight, device), None if bias is None else _at(bias, device), _nothing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -259,7 +259,7 @@ class PackedLayer(nn.Module):
         """What `data` is in: packed bytes, or weights that a host has decoded and worked on already."""
         fmt = self.fmt
         assert fmt is not None
-        if fmt.is_quantized:  # bytes: a module takes a while to find its own weight
+        if fmt.is_quantized:  # bytes
             return fmt if data.dtype == torch.uint8 else format_of(data)
         return fmt if data.dtype == self.weight.dtype else format_of(data)
 
@@ -313,8 +313,6 @@ class LinearMath(PackedLayer):
         if is_wanted(x, data):
             return self._with_gradient(x, data, bias, low_rank)
         fmt, rows, scale = self.format_of(data), self.logical_shape[0], self.scale_of(data)
-        if bias is not None and bias.dtype != x.dtype and not self._widens(x, fmt):
-            bias = self.bias_in(bias, x.dtype)
         if self.int8_bound is not None and fmt.is_quantized:
             scales = self._int8_scales_for(x, data)
             if scales is not None:
@@ -348,12 +346,6 @@ class LinearMath(PackedLayer):
             # each chunk's part is rounded once, and their sum once
             total = part if total is None else total.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
         return flat.new_zeros(shape) if total is None else total.to(grad.dtype).view(shape)
-
-    def _widens(self, x: torch.Tensor, fmt: Format) -> bool:
-        """Whether the product is not in x's dtype, or decides only when a graph runs."""
-        if torch.compiler.is_compiling():
-            return True
-        return is_widened(x, choose(x.device, fmt, self.backend).name if fmt.is_quantized else "torch")
 
     def _int8_scales_for(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor | None:
         """The scales of the weight's int8 rows, on x's device; None where x is not multiplied in int8."""

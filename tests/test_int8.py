@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from activations import gaussian
 from graft.demo import pictures
 from graft.demo.grafted import Grafted, load_model, shipped
-from graft.kernels import LowRank, by_name, dequantize, int8, linear
+from graft.kernels import LowRank, by_name, cpu, dequantize, int8, linear
 from graft.ops.int8 import Rule, report, use_int8
 from graft.ops.layers import Linear, packed_layers
 from graft.ops.packed import PackedTensor
@@ -147,6 +147,25 @@ def test_few_rows_gradients_and_other_devices_take_the_usual_way():
     int8.linear(x, data, "Q8_0", scales).sum().backward()
     torch.testing.assert_close(x.grad[0], dequantize(data, "Q8_0", (n, k)).sum(0))
     assert int8.unavailable(torch.device("mps")) == "there are no int8 kernels for mps"
+
+
+@needs_int8
+@pytest.mark.parametrize("native", [True, False])
+def test_how_many_rows_it_takes_is_told_by_what_it_is_measured_against(native, monkeypatch):
+    """Native bf16 products take half the time of fp32; where torch would take more, x is multiplied in fp32."""
+    monkeypatch.setattr(cpu, "SLOW_DTYPES", frozenset() if native else frozenset([torch.bfloat16]))
+    fmt = by_name("Q8_0")
+    for dtype, least in ((torch.float32, 384), (torch.bfloat16, 768 if native else 384)):
+        taken = [rows for rows in (383, 384, 767, 768) if int8.pays(gaussian(rows, 256).to(dtype), 256, fmt)]
+        assert taken[0] == least
+
+
+def test_a_processor_with_tiles_is_told_to_take_bf16(monkeypatch):
+    """AMX: bf16 products are too fast there for what encoding takes."""
+    monkeypatch.setattr(cpu, "_features", lambda: frozenset(("avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")))
+    assert int8._unavailable_on_cpu() == "this processor is faster in bf16 (AMX): choose bf16"
+    monkeypatch.setattr(cpu, "_features", lambda: frozenset(("avx2",)))
+    assert int8._unavailable_on_cpu() == "this processor has no fast int8 products (VNNI)"
 
 
 @needs_int8

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from graft.benchmarks.kernels_report import TARGETS, Case, Usage
+from graft.benchmarks.kernels_report import DTYPES, TARGETS, Case, Usage
 from graft.kernels.formats import FORMATS
 
 REPORT = Path(__file__).resolve().parent.parent / "benchmarks" / "kernels_report.py"
@@ -80,6 +80,11 @@ def test_linear_kernels(target):
     rows = survey(cases)
     assert_sound(rows)
     assert all(row.tensor_cores for row in rows if row.case.kernel == "matmul")
+
+
+def test_the_way_to_the_ranks():
+    rows = survey([Case("project", "F32", target, dtype, count=False) for target in TARGETS for dtype in DTYPES])
+    assert not [row for row in rows if row.spilled or row.shared > 1024]
 
 
 def test_int8_kernels():

@@ -101,6 +101,25 @@ def test_every_tile_of_the_plan(m):
     check("matmul", BY_NAME["Q8_0"], m, 9, 64, 16, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "k", "by_row"), [(1, 64, False), (1, 1024, True), (3, 1120, False), (3, 2080, True)])
+def test_project(m, k, by_row, stored, dtype):
+    """x to the ranks, with a strength for all rows or one for each; also where k fills no unit."""
+    rank, generator = 48, torch.Generator().manual_seed(k)
+    x, down = torch.randn(m, k, generator=generator).to(dtype), torch.randn(rank, k, generator=generator).to(stored)
+    scale = torch.randn(*((m, rank) if by_row else (rank,)), generator=generator)
+    args = [tensor.to(DEVICE) for tensor in (x, down, scale)]
+    with poisoned(m, rank, dtype) as out:
+        with watched(args, out):
+            triton_.project(*args, out)
+        got = out.cpu().double()
+    want = (x.double() @ down.double().T) * scale.double()
+    size = (x.double().abs() @ down.double().abs().T) * scale.double().abs()
+    # one rounding more than the sums, of the product by S
+    assert ((got - want).abs() <= (k + 2) * SUM * size + ROUNDING[dtype] * want.abs()).all()
+
+
 def test_low_rank_may_be_a_slice():
     """As dispatch cuts t for adapters on parts of a layer."""
     fmt = BY_NAME["Q8_0"]

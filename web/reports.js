@@ -34,6 +34,7 @@ export const ZH = [
   ],
   [/ \(compute_dtype (\w+) is faster on this processor\)/g, "（在这个处理器上 “计算精度”选 $1 更快）"],
   [/int8 is not used: /g, "没有使用 int8："],
+  [/this processor is faster in bf16 \(AMX\): choose bf16/g, "这个处理器用 bf16 更快（AMX）：请选 bf16"],
   [/\bint8 in (\d+) layers?/g, "$1 层用 int8"],
   [/(\d+) layers? in int8, where there are many tokens/g, "$1 层在 token 多的时候用 int8"],
   [/(\d+) layers? not in int8 /g, "$1 层不用 int8 "],

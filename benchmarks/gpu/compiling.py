@@ -29,7 +29,8 @@ class Compiled:
 
 
 def compile_type(name: str, device: torch.device) -> Compiled:
-    """Decoding to each dtype and to int8, the matvec, the fused kernel in all tiles of this card, also with a LoRA."""
+    """Decoding to each dtype and to int8, the matvec, the fused kernel in all tiles of this card, also with a LoRA;
+    one row of x to the ranks of one."""
     from graft.kernels.triton_ import launch, plan
 
     fmt, start, done, failed = by_name(name), time.perf_counter(), 0, []
@@ -41,6 +42,7 @@ def compile_type(name: str, device: torch.device) -> Compiled:
     if fmt.is_quantized:
         jobs.append((launch.int8_launch(fmt), (torch.uint8, book, torch.float32, torch.int8, 4096, 16)))
         jobs.append((launch.int8_largest_launch(fmt), (torch.uint8, book, torch.float32, 4096)))
+    jobs.append((launch.project_launch(), (bf16, bf16, torch.float32, bf16, 4096, launch.RANK, 0)))
     for extra in (None, bf16):
         sizes = (4096, 4096, launch.RANK)
         matvec = launch.matvec_launch(fmt, launch.UNIT)

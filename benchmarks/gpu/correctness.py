@@ -140,12 +140,16 @@ def _product(setting: Setting, fmt: Format, data: torch.Tensor, weight: torch.Te
     bias = setting.random(n, seed=4) if loras else None
     got = dispatch.linear(x, data, fmt, bias, term, backend=setting.backend).double()
     want, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    rounding, of_t = ROUNDING[torch.bfloat16], 0.0
     if term is not None and bias is not None:
-        t, up = term.project(x).double(), term.ups[0][2].double()
+        down, scale, up = term.down.double(), term.scale.double(), term.ups[0][2].double()
+        t = (x.double() @ down.T) * scale
         want, size = want + t @ up.T + bias.double(), size + t.abs() @ up.abs().T + bias.double().abs()
-    rounding = ROUNDING[torch.bfloat16]
+        # t is rounded twice where torch makes it, as a sum and scaled
+        of_t = 2 * rounding * t.abs() + k * SUM * (x.double().abs() @ down.abs().T) * scale.abs()
+        of_t = of_t @ up.abs().T
     # the result is rounded once more where the term is added behind the product
-    bound = (rounding + (k + RANK + 2) * SUM) * size + 2 * rounding * want.abs()
+    bound = (rounding + (k + RANK + 2) * SUM) * size + 2 * rounding * want.abs() + of_t
     share = (got - want).abs() / bound
     worst = float(share.nan_to_num(float("inf")).max())
     return Check("product", fmt.name, "bf16", m, loras, m * n, int((share > 1).sum()), worst, worst <= 1)

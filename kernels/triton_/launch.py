@@ -20,6 +20,7 @@ from .. import codebooks
 from ..formats import Format
 from . import dequant, plan
 from . import int8 as rotated
+from . import project as projection
 from .matmul import matmul_kernel
 from .matvec import ROWS, UNIT, WARPS, matvec_kernel
 
@@ -158,6 +159,12 @@ def matmul_launch(fmt: Format, tile: plan.Tile) -> Launch:
     return _launch(fmt, matmul_kernel, constants, tile.warps, tile.stages)
 
 
+@cache
+def project_launch() -> Launch:
+    """Single rows of x to ranks."""
+    return Launch(projection.project_kernel, {"UNIT": projection.UNIT}, projection.WARPS, align=1)
+
+
 def _unit(k: int, most: int) -> int:
     """Weights of a row taken at a time: the largest power of two up to `most` that divides k."""
     return math.gcd(k, most)
@@ -181,13 +188,13 @@ def _warn_of_copies(align: int) -> None:
     logger.warning("packed weights do not begin at a multiple of %d bytes: they are copied before each use", align)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever its arguments lie on."""
-    if device.type == "cuda" and device.index == torch.cuda.current_device():
-        return _NOWHERE_ELSE
-    if device.type in ("cuda", "xpu"):
-        return getattr(torch, device.type).device(device)
-    return _NOWHERE_ELSE
+    # asked of the tensor: a device takes as long to say its type as all of this
+    if tensor.is_cuda:
+        index = tensor.get_device()
+        return _NOWHERE_ELSE if index == torch.cuda.current_device() else torch.cuda.device(index)
+    return torch.xpu.device(tensor.get_device()) if tensor.is_xpu else _NOWHERE_ELSE
 
 
 _NOWHERE_ELSE = contextlib.nullcontext()
@@ -205,7 +212,7 @@ def dequantize(data: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
     launch = dequantize_launch(fmt, qk)
     blocks = out.numel() // qk
     grid = (-(-blocks // launch.constants["BLOCKS"]), 1, 1)
-    with _on(data.device):
+    with _on(data):
         launch(grid, _aligned(data, launch), _book(fmt, data.device), out, blocks)
 
 
@@ -222,7 +229,7 @@ def int8_scales(data: torch.Tensor, fmt: Format, columns: int) -> torch.Tensor:
     """
     launch, blocks = int8_largest_launch(fmt), data.shape[0] * (columns // rotated.BLOCK)
     largest = torch.empty(data.shape[0], columns // rotated.BLOCK, device=data.device)
-    with _on(data.device):
+    with _on(data):
         grid = (-(-blocks // rotated.BLOCKS), 1, 1)
         launch(grid, _aligned(data, launch), _book(fmt, data.device), largest, blocks)
     return largest.amax(1, keepdim=True).div_(127).clamp_(min=1e-30)
@@ -239,7 +246,7 @@ def encode_int8(data: torch.Tensor, fmt: Format, scales: torch.Tensor, codes: to
     """
     launch, row_blocks = int8_launch(fmt), codes.shape[1] // rotated.BLOCK
     blocks = codes.shape[0] * row_blocks
-    with _on(data.device):
+    with _on(data):
         grid = (-(-blocks // rotated.BLOCKS), 1, 1)
         launch(grid, _aligned(data, launch), _book(fmt, data.device), scales, codes, blocks, row_blocks)
 
@@ -278,11 +285,26 @@ def matvec(
     (m, k), n = x.shape, out.shape[1]
     launch = matvec_launch(fmt, _unit(k, UNIT))
     t, up, rank = _low_rank(residual)
-    with _on(x.device):
+    with _on(x):
         launch(
             (-(-n // ROWS), m, 1),
             x.contiguous(), _aligned(data, launch), _book(fmt, x.device), out, bias, t, up, n, k, rank,
         )  # fmt: skip
+
+
+def project(x: torch.Tensor, down: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = (x downᵀ) ∘ scale`` for few rows of x, summed in fp32 and rounded once.
+
+    Args:
+        x: ``[M, K]`` in fp32, fp16 or bf16.
+        down: ``[R, K]`` in any float dtype.
+        scale: ``[R]`` or ``[M, R]``.
+        out: ``[M, R]``, contiguous.
+    """
+    (m, k), rank = x.shape, down.shape[0]
+    step = 0 if scale.dim() == 1 else rank
+    with _on(x):
+        project_launch()((rank, m, 1), x.contiguous(), down.contiguous(), scale.contiguous(), out, k, rank, step)
 
 
 def matmul(
@@ -302,7 +324,7 @@ def matmul(
     tile = tile or plan.tile(plan.architecture(x.device), m)
     launch = matmul_launch(fmt, replace(tile, unit=_unit(k, tile.unit)))
     t, up, rank = _low_rank(residual)
-    with _on(x.device):
+    with _on(x):
         launch(
             (-(-n // tile.n), -(-m // tile.m), 1),
             x.contiguous(), _aligned(data, launch), _book(fmt, x.device), out, bias, t, up, m, n, k, rank,
@@ -401,7 +423,7 @@ def warm(
         if progress is not None:
             progress(f"compiling kernels for {fmt}")
         try:
-            with _on(device):
+            with _on(torch.empty(0, device=device)):
                 dequantize_launch(fmt, block_of(fmt, 4096)).compile(torch.uint8, _book_type(fmt), dtype, 4096)
                 for m in rows:
                     _warm_linear(fmt, device, dtype, m)
@@ -420,9 +442,11 @@ def _warm_linear(fmt: Format, device: torch.device, dtype: torch.dtype, m: int) 
     sizes: tuple[int, ...] = (4096, 4096, RANK)
     if kernel == "matvec":
         launch = matvec_launch(fmt, UNIT)
+        project_launch().compile(dtype, dtype, torch.float32, dtype, 4096, RANK, 0)
     else:
         launch, sizes = matmul_launch(fmt, plan.tile(plan.architecture(device), m)), (m, *sizes)
-    for bias, low in itertools.product((None, dtype), repeat=2):
+    # files hold biases in fp32
+    for bias, low in itertools.product((None, torch.float32), (None, dtype)):
         launch.compile(dtype, torch.uint8, _book_type(fmt), dtype, bias, low, low, *sizes)
 
 

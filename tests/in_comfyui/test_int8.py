@@ -18,6 +18,7 @@ def int8(pack):
         pytest.skip(kernels.unavailable(CPU))
     with pytest.MonkeyPatch.context() as patch:  # the small model has 64 and 20 tokens
         patch.setattr(kernels, "LEAST_ROWS", 16)
+        patch.setattr(pack("kernels"), "has_fast_bf16", lambda: False)
         yield kernels
 
 
@@ -54,6 +55,20 @@ def test_the_report_says_which_layers_and_why_not_others(pack, quick, sd3, int8,
     loader = pack("nodes").GraftUNETLoader()
     (text,) = loader.load("sd3-Q4_K.gguf", compute_dtype="int8")["ui"]["text"]
     assert "float32, int8 is not used: this processor has none · " in text
+
+
+def test_on_a_processor_with_native_bf16_the_rest_is_in_bf16(pack, sd3, int8, monkeypatch):  # noqa: F811
+    """Against that int8 has to be the faster one; where there is none, the host chooses as ever."""
+    monkeypatch.setattr(pack("kernels"), "has_fast_bf16", lambda: True)
+    monkeypatch.setenv("GRAFT_INT8_LAYERS", "joint_blocks")
+    load = pack("nodes").GraftUNETLoader().load
+    shown = load("sd3-Q4_K.gguf", compute_dtype="int8")
+    model, (text,) = shown["result"][0], shown["ui"]["text"]
+    assert "bfloat16, int8 in 37 layers · " in text.splitlines()[0], text
+    assert model.model.manual_cast_dtype == torch.bfloat16 and torch.isfinite(sample(model, SD3)).all()
+    monkeypatch.setattr(int8, "unavailable", lambda device: "this processor has none")
+    (text,) = load("sd3-Q4_K.gguf", compute_dtype="int8")["ui"]["text"]
+    assert "float32 (compute_dtype bf16 is faster on this processor), int8 is not used: " in text
 
 
 def test_compiled_blocks_multiply_in_int8_too(quick, int8):
