@@ -814,6 +814,7 @@ def test_workflows_of_others(page: Page) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     page.open()
+    page.see("() => { app.canvas.pause_rendering = true; }")  # hundreds of nodes, a hundred times
     page.see(there_and_back.ADD_KINDS, there_and_back.kinds_in(list(workflows.values())))
     listed = """() => Object.fromEntries([["GraftUNETLoader", "unet_name"], ["GraftCLIPLoader", "clip_name1"]].map(
       ([kind, input]) => {

@@ -150,6 +150,19 @@ def test_a_file_that_is_chosen_outside_of_subgraphs_and_back(models, file):
     assert (new["type"], new["widgets_values"]) == ("UNETLoader", old["widgets_values"])
 
 
+def test_a_file_that_is_chosen_outside_as_older_front_ends_save_it(models):
+    """They know no widgets but those of inputs, and name none."""
+    before = shown_by_inputs("FLUX\\flux1-dev-Q4_K_M.gguf")
+    for node in (before["nodes"][0], before["definitions"]["subgraphs"][0]["nodes"][0]):
+        node["properties"] = {}
+    after, said = swap(models, before, "--models", str(models))
+    chosen = "Flux/flux1-dev-Q4_K_M.gguf"
+    assert f"{chosen} for FLUX\\flux1-dev-Q4_K_M.gguf" in said and after["nodes"][0]["widgets_values"] == [chosen]
+    assert after["definitions"]["subgraphs"][0]["nodes"][0]["widgets_values"] == ["stale.safetensors"]
+    again, _ = swap(models, after, "--models", str(models), "--back")
+    assert again["nodes"][0]["widgets_values"] == ["FLUX\\flux1-dev-Q4_K_M.gguf"]
+
+
 def test_widgets_that_a_subgraph_shows_by_inputs_and_by_nodes(models):
     """Then it has values of the first only; the others' are within."""
     before = shown_by_inputs()

@@ -78,6 +78,7 @@ def check(page: Any, workflow: Json, files: Mapping[str, Sequence[str]]) -> int:
         return lambda name: None
 
     page.load(workflow)
+    page.load(page.saved())  # of nodes of packs that are missing, older front ends lose slots as they open them again
     before, sent = page.saved(), page.sent()
     page.command("Graft.UseGGUF")
     after, prompt = page.saved(), page.sent()

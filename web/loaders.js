@@ -183,6 +183,10 @@ function changePromoted(workflow, graph, id, become, choose, files) {
       return [{ entry: own ? [of, become(name), ...more] : entry, value: chosen }];
     });
     if (shown.length) showRows(node, shown, after);
+    valuedInputs(node).forEach((name, index) => {
+      const value = node.widgets_values[index];
+      if (files[name] && typeof value === "string") node.widgets_values[index] = choose(value) ?? value;
+    });
     // a subgraph's node in another subgraph shows them further
     if (outer === workflow) continue;
     const changed = shown.filter(({ entry: [of] }) => String(of) === String(id)).map(({ entry: [, name] }) => name);
@@ -223,6 +227,13 @@ function showRows(node, before, rows) {
   if (before.some(isHere)) node.widgets_values = rows.filter(isHere).map(({ value }) => value);
 }
 
+/** The inputs of a subgraph's node whose values it has, in their order, as older front ends save them. */
+function valuedInputs(node) {
+  const names = (node.inputs ?? []).filter(({ widget }) => widget).map(({ name }) => name);
+  const elsewhere = (rowsOf(node) ?? []).some(({ value }) => value !== undefined);
+  return !elsewhere && names.length === node.widgets_values?.length ? names : [];
+}
+
 /** Values of a node's widgets that the node of its subgraph has, and not itself. */
 function valuesOutside(workflow, graph, node) {
   const found = {};
@@ -234,6 +245,9 @@ function valuesOutside(workflow, graph, node) {
         const name = String(entry[0]) === BY_INPUT ? outside[entry[1]] : undefined;
         if (name !== undefined && value !== undefined) found[name] = value;
       }
+      valuedInputs(instance).forEach((name, index) => {
+        if (outside[name] !== undefined) found[outside[name]] = instance.widgets_values[index];
+      });
       seek(outer, instance.inputs ?? [], ({ name }) => outside[name]);
     }
   };
@@ -284,6 +298,8 @@ function removeInput(workflow, graph, index) {
     if (origin === INPUTS && from > index) link[Array.isArray(link) ? 2 : "origin_slot"] = from - 1;
   }
   for (const [outer, node] of instancesOf(workflow, graph)) {
+    const valued = valuedInputs(node).indexOf(name);
+    if (valued >= 0) node.widgets_values.splice(valued, 1);
     const shown = rowsOf(node) ?? [];
     const left = shown.filter(({ entry: [of, input] }) => String(of) !== BY_INPUT || input !== name);
     if (left.length < shown.length) showRows(node, shown, left);

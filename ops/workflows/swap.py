@@ -265,6 +265,10 @@ def _change_promoted(
             after.append(([entry[0], now, *entry[2:]] if own else entry, value))
         if shown:
             _show_rows(node, shown, after)
+        for index, name in enumerate(_valued_inputs(node)):
+            value = node["widgets_values"][index]
+            if name in files and isinstance(value, str):
+                node["widgets_values"][index] = choose(value) or value
         # a subgraph's node in another subgraph shows them further
         if outer is workflow:
             continue
@@ -313,6 +317,14 @@ def _show_rows(node: Json, before: Sequence[tuple[list, Any]], rows: Sequence[tu
         node["widgets_values"] = [value for _, value in rows if value is not _NOWHERE]
 
 
+def _valued_inputs(node: Json) -> list[str]:
+    """The inputs of a subgraph's node whose values it has, in their order, as older front ends save them."""
+    names = [slot["name"] for slot in node.get("inputs") or [] if slot.get("widget")]
+    elsewhere = any(value is not _NOWHERE for _, value in _rows_of(node))
+    given = node.get("widgets_values")
+    return names if not elsewhere and isinstance(given, list) and len(given) == len(names) else []
+
+
 def _values_outside(workflow: Json, graph: Json, node: Json) -> Json:
     """Values of a node's widgets that the node of its subgraph has, and not itself."""
     found: Json = {}
@@ -323,6 +335,9 @@ def _values_outside(workflow: Json, graph: Json, node: Json) -> Json:
             for entry, value in _rows_of(instance):
                 if str(entry[0]) == _BY_INPUT and entry[1] in outside and value is not _NOWHERE:
                     found[outside[entry[1]]] = value
+            for index, name in enumerate(_valued_inputs(instance)):
+                if name in outside:
+                    found[outside[name]] = instance["widgets_values"][index]
             seek(outer, instance.get("inputs") or [], lambda slot: outside.get(slot["name"]))
 
     seek(graph, node.get("inputs") or [], _name_of)
@@ -382,6 +397,8 @@ def _remove_input(workflow: Json, graph: Json, index: int) -> None:
         if _of_link(link, "origin_id") == _INPUTS and slot > index:
             _set_in_link(link, "origin_slot", slot - 1)
     for outer, node in _instances(workflow, graph):
+        if name in _valued_inputs(node):
+            del node["widgets_values"][_valued_inputs(node).index(name)]
         shown = _rows_of(node)
         left = [(entry, value) for entry, value in shown if (str(entry[0]), entry[1]) != (_BY_INPUT, name)]
         if len(left) < len(shown):
