@@ -13,8 +13,8 @@ from graft.ops.workflows.table import OURS, is_file
 Json = dict[str, Any]
 Key = tuple[int, Any]  # which graph of the workflow, and the node's id in it
 
-# What a page changes by itself as it opens a workflow a second time, and what differs from call to call
-_NOISE = {"order", "localized_name", "shape", "ds", "last_node_id", "last_link_id", "revision", "audioUI", "groupNodes"}
+# What a page changes by itself as it opens a workflow again or draws it, and what differs from call to call
+_NOISE = {"order", "localized_name", "size", "Node name for S&R", "audioUI"}
 _ENDINGS = re.compile(r"(?:_fp8\w*|_fp16|_bf16)?\.safetensors$")
 
 ADD_KINDS = """async ([kinds]) => {
