@@ -275,6 +275,14 @@ function setTarget(graph, id, slot) {
   if (link) link[Array.isArray(link) ? 4 : "target_slot"] = slot;
 }
 
+/** Lets links end where the slots are that hold them: of nodes of missing packs older front ends lose unlinked ones. */
+export function aligned(workflow) {
+  for (const graph of graphsOf(workflow)) {
+    for (const { inputs } of graph.nodes ?? []) inputs?.forEach((slot, index) => setTarget(graph, slot.link, index));
+  }
+  return workflow;
+}
+
 /** Takes a link out; an input of a subgraph that then leads nowhere goes with it. */
 function unlink(workflow, graph, id) {
   const link = id == null ? undefined : findLink(graph, id);

@@ -5,7 +5,7 @@
 
 import { app } from "../../scripts/app.js";
 import { allNodes, rootOf } from "./graphs.js";
-import { groupOf, isOurs, loaderOf, useOurs, useTheirs } from "./loaders.js";
+import { aligned, groupOf, isOurs, loaderOf, useOurs, useTheirs } from "./loaders.js";
 import { say } from "./words.js";
 
 const USE = "Use GGUF (Graft)";
@@ -34,7 +34,7 @@ function widgetsOf(workflow) {
 
 /** Changes the workflow by `act`; `only` is the one node that is meant, of the page's. */
 async function swap(act, only) {
-  const before = JSON.parse(JSON.stringify(rootOf().serialize())); // with group nodes it is no plain data
+  const before = aligned(JSON.parse(JSON.stringify(rootOf().serialize()))); // with group nodes it is no plain data
   const workflow = structuredClone(before);
   const wanted = only && ((graph, { id }) => liveGraph(graph, workflow)?.getNodeById(id) === only);
   const files = new Proxy({}, { get: (_, type) => filesOf(type) });
