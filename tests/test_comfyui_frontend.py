@@ -807,11 +807,12 @@ def test_links_of_nodes_that_are_missing_stay(page: Page) -> None:
     (loader,) = (node for node in workflow["nodes"] if node["type"] == "UNETLoader")
     place = {"flags": {}, "order": 0, "mode": 0, "size": [200, 100], "properties": {}, "outputs": []}
     mode = {"name": "mode", "type": "COMBO", "link": None, "widget": {"name": "mode"}}
-    latent = {"name": "latent", "type": "LATENT", "link": 1}
-    output = {"name": "LATENT", "type": "LATENT", "links": [1]}
-    missing = {"id": 4, "type": "Nobody's", "pos": [400, 400], **place, "inputs": [mode, latent]}
+    linked = [{"name": name, "type": "LATENT", "link": link} for link, name in enumerate("abc", 1)]
+    output = {"name": "LATENT", "type": "LATENT", "links": [1, 2, 3]}
+    missing = {"id": 4, "type": "Nobody's", "pos": [400, 400], **place, "inputs": [mode, *linked]}
     source = {"id": 3, "type": "EmptyLatentImage", "pos": [100, 400], **place, "inputs": [], "outputs": [output]}
-    workflow |= {"nodes": [loader, missing, source], "links": [[1, 3, 0, 4, 1, "LATENT"]], "extra": {}}
+    links = [[link, 3, 0, 4, link, "LATENT"] for link in (1, 2, 3)]
+    workflow |= {"nodes": [loader, missing, source], "links": links, "extra": {}, "last_link_id": 3}
     models = page.server.output.parent / "models" / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)
     (models / "flux1-dev-Q4_K_M.gguf").touch()
@@ -820,7 +821,7 @@ def test_links_of_nodes_that_are_missing_stay(page: Page) -> None:
     page.sent()
     page.command("Graft.UseGGUF")
     assert page.see("() => app.graph.getNodeById(2).type") == LOADER
-    assert there_and_back.links_of(page.saved()) == [(0, 3, 0, 4, "latent")]
+    assert there_and_back.links_of(page.saved()) == [(0, 3, 0, 4, name) for name in "abc"]
     page.sent()
 
 
