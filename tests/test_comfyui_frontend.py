@@ -807,11 +807,12 @@ def test_links_of_nodes_that_are_missing_stay(page: Page) -> None:
     (loader,) = (node for node in workflow["nodes"] if node["type"] == "UNETLoader")
     place = {"flags": {}, "order": 0, "mode": 0, "size": [200, 100], "properties": {}, "outputs": []}
     mode = {"name": "mode", "type": "COMBO", "link": None, "widget": {"name": "mode"}}
-    linked = [{"name": name, "type": "LATENT", "link": link} for link, name in enumerate("abc", 1)]
-    output = {"name": "LATENT", "type": "LATENT", "links": [1, 2, 3]}
+    slots = [{"name": name, "type": "STRING", "link": link} for link, name in enumerate("abc", 1)]
+    linked = [{**slot, "widget": {"name": slot["name"]}} for slot in slots]
+    outputs = [{"name": "STRING", "type": "STRING", "links": [link]} for link in (1, 2, 3)]
     missing = {"id": 4, "type": "Nobody's", "pos": [400, 400], **place, "inputs": [mode, *linked]}
-    source = {"id": 3, "type": "EmptyLatentImage", "pos": [100, 400], **place, "inputs": [], "outputs": [output]}
-    links = [[link, 3, 0, 4, link, "LATENT"] for link in (1, 2, 3)]
+    source = {"id": 3, "type": "Nobody's text", "pos": [100, 400], **place, "inputs": [mode], "outputs": outputs}
+    links = [[link, 3, link - 1, 4, link, "STRING"] for link in (1, 2, 3)]
     workflow |= {"nodes": [loader, missing, source], "links": links, "extra": {}, "last_link_id": 3}
     models = page.server.output.parent / "models" / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)
@@ -821,7 +822,7 @@ def test_links_of_nodes_that_are_missing_stay(page: Page) -> None:
     page.sent()
     page.command("Graft.UseGGUF")
     assert page.see("() => app.graph.getNodeById(2).type") == LOADER
-    assert there_and_back.links_of(page.saved()) == [(0, 3, 0, 4, name) for name in "abc"]
+    assert there_and_back.links_of(page.saved()) == [(0, 3, at, 4, name) for at, name in enumerate("abc")]
     page.sent()
 
 
