@@ -801,31 +801,6 @@ def test_a_workflow_with_a_group_node(page: Page) -> None:
     page.wait("([text]) => document.querySelector('.p-toast')?.innerText.includes(text)", told)
 
 
-def test_links_of_nodes_that_are_missing_stay(page: Page) -> None:
-    """Where older front ends have sent a prompt, they save such nodes without the slots that no link is on."""
-    workflow = group_node()
-    (loader,) = (node for node in workflow["nodes"] if node["type"] == "UNETLoader")
-    place = {"flags": {}, "order": 0, "mode": 0, "size": [200, 100], "properties": {}, "outputs": []}
-    mode = {"name": "mode", "type": "COMBO", "link": None, "widget": {"name": "mode"}}
-    slots = [{"name": name, "type": "STRING", "link": link} for link, name in enumerate("abc", 1)]
-    linked = [{**slot, "widget": {"name": slot["name"]}} for slot in slots]
-    outputs = [{"name": "STRING", "type": "STRING", "links": [link]} for link in (1, 2, 3)]
-    missing = {"id": 4, "type": "Nobody's", "pos": [400, 400], **place, "inputs": [mode, *linked]}
-    source = {"id": 3, "type": "Nobody's text", "pos": [100, 400], **place, "inputs": [mode], "outputs": outputs}
-    links = [[link, 3, link - 1, 4, link, "STRING"] for link in (1, 2, 3)]
-    workflow |= {"nodes": [loader, missing, source], "links": links, "extra": {}, "last_link_id": 3}
-    models = page.server.output.parent / "models" / "diffusion_models"
-    models.mkdir(parents=True, exist_ok=True)
-    (models / "flux1-dev-Q4_K_M.gguf").touch()
-    page.open()
-    page.load(workflow)
-    page.sent()
-    page.command("Graft.UseGGUF")
-    assert page.see("() => app.graph.getNodeById(2).type") == LOADER
-    assert there_and_back.links_of(page.saved()) == [(0, 3, at, 4, name) for at, name in enumerate("abc")]
-    page.sent()
-
-
 @pytest.mark.skipif("GRAFT_WORKFLOWS" not in os.environ, reason="no workflows of others: set GRAFT_WORKFLOWS")
 def test_workflows_of_others(page: Page) -> None:
     """All in a folder, as people have saved them: only loaders change, come back, and the tool does the same."""
