@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from graft.ops.make import VERSION
+from workflow_samples import group_node, shown_by_inputs
 
 TOOL = ROOT / "tools" / "swap_workflow.py"
 FILES = {
@@ -128,6 +129,76 @@ def test_a_workflow_with_a_subgraph_and_back(models):
         assert new["type"] == old["type"] and (old["id"] == 2 or new.get("widgets_values") == old.get("widgets_values"))
         kept = {"cnr_id", "ver", "models"} & old.get("properties", {}).keys()
         assert all(new["properties"][name] == old["properties"][name] for name in kept)
+
+
+@pytest.mark.parametrize("file", ["flux1-dev.safetensors", "FLUX\\flux1-dev-Q4_K_M.gguf"])
+def test_a_file_that_is_chosen_outside_of_subgraphs_and_back(models, file):
+    before = shown_by_inputs(file)
+    after, said = swap(models, before, "--models", str(models))
+    outer, inner = after["definitions"]["subgraphs"]
+    chosen = "Flux/flux1-dev-Q4_K_M.gguf"
+    assert f"{chosen} for {file}" in said and "not taken along: weight_dtype fp8_e4m3fn" in said
+    assert inner["nodes"][0]["widgets_values"][0] == chosen
+    for graph, node in ((inner, outer["nodes"][0]), (outer, after["nodes"][0])):
+        assert [source["name"] for source in graph["inputs"]] == ["unet_name"]
+        assert [slot["name"] for slot in node["inputs"]] == ["unet_name"]
+        assert node["properties"]["proxyWidgets"] == [["-1", "unet_name"]]
+    assert after["nodes"][0]["widgets_values"] == [chosen]
+    again, _ = swap(models, after, "--models", str(models), "--back")
+    assert again["nodes"][0]["widgets_values"] == [file]
+    (old,), (new,) = before["definitions"]["subgraphs"][1]["nodes"], again["definitions"]["subgraphs"][1]["nodes"]
+    assert (new["type"], new["widgets_values"]) == ("UNETLoader", old["widgets_values"])
+
+
+def test_a_file_that_is_chosen_outside_as_older_front_ends_save_it(models):
+    """They know no widgets but those of inputs, and name none."""
+    before = shown_by_inputs("FLUX\\flux1-dev-Q4_K_M.gguf")
+    for node in (before["nodes"][0], before["definitions"]["subgraphs"][0]["nodes"][0]):
+        node["properties"] = {}
+    after, said = swap(models, before, "--models", str(models))
+    chosen = "Flux/flux1-dev-Q4_K_M.gguf"
+    assert f"{chosen} for FLUX\\flux1-dev-Q4_K_M.gguf" in said and after["nodes"][0]["widgets_values"] == [chosen]
+    assert after["definitions"]["subgraphs"][0]["nodes"][0]["widgets_values"] == ["stale.safetensors"]
+    again, _ = swap(models, after, "--models", str(models), "--back")
+    assert again["nodes"][0]["widgets_values"] == ["FLUX\\flux1-dev-Q4_K_M.gguf"]
+
+
+def test_widgets_that_a_subgraph_shows_by_inputs_and_by_nodes(models):
+    """Then it has values of the first only; the others' are within."""
+    before = shown_by_inputs()
+    node = before["nodes"][0]
+    node["properties"]["proxyWidgets"] = [["4", "seed"], ["-1", "weight_dtype"], ["-1", "unet_name"]]
+    node["widgets_values"].reverse()
+    after, _ = swap(models, before, "--models", str(models))
+    assert after["nodes"][0]["properties"]["proxyWidgets"] == [["4", "seed"], ["-1", "unet_name"]]
+    assert after["nodes"][0]["widgets_values"] == ["Flux/flux1-dev-Q4_K_M.gguf"]
+
+
+def test_a_group_node_is_told_and_left(models):
+    before = group_node()
+    after, said = swap(models, before, "--models", str(models))
+    assert after["nodes"][0] == before["nodes"][0] and after["extra"] == before["extra"]
+    assert "node 1, workflow/Both:\n  left as it is: choose Convert to nodes on the group node Both first\n" in said
+    assert after["nodes"][1]["type"] == "GraftUNETLoader" and said.endswith("1 of 2 loaders changed\n")
+
+
+def test_what_a_loader_was_saved_without_is_not_made_up(models):
+    """An older one has no device, and its pack's node none at all."""
+    values = ["clip_l.safetensors", "t5-v1_1-xxl-encoder-Q8_0.gguf", "flux"]
+    node = {"id": 1, "type": "DualCLIPLoaderGGUF", "widgets_values": values, "inputs": [], "properties": {}}
+    after, _ = swap(models, {"nodes": [node], "links": []}, "--models", str(models))
+    back, _ = swap(models, after, "--models", str(models), "--back")
+    assert back["nodes"][0]["widgets_values"] == values
+
+
+def test_choices_without_an_equal_are_told(models):
+    values = ["flux1-dev-Q4_K_M.gguf", "none", "float16", "default", True, True, "sageattn"]
+    node = {"id": 1, "type": "GGUFLoaderKJ", "widgets_values": values, "inputs": [], "properties": {}}
+    after, said = swap(models, {"nodes": [node], "links": []}, "--models", str(models))
+    lost = [line.partition("not taken along: ")[2] for line in said.splitlines() if "not taken along" in line]
+    assert lost == ["enable_fp16_accumulation True", "attention_override sageattn"]
+    back, _ = swap(models, after, "--models", str(models), "--back")
+    assert back["nodes"][0]["widgets_values"] == values
 
 
 def test_a_prompt_and_back(models):

@@ -5,7 +5,7 @@
 
 import { app } from "../../scripts/app.js";
 import { allNodes, rootOf } from "./graphs.js";
-import { isOurs, loaderOf, useOurs, useTheirs } from "./loaders.js";
+import { aligned, groupOf, isOurs, loaderOf, useOurs, useTheirs } from "./loaders.js";
 import { say } from "./words.js";
 
 const USE = "Use GGUF (Graft)";
@@ -34,7 +34,7 @@ function widgetsOf(workflow) {
 
 /** Changes the workflow by `act`; `only` is the one node that is meant, of the page's. */
 async function swap(act, only) {
-  const before = structuredClone(rootOf().serialize());
+  const before = aligned(JSON.parse(JSON.stringify(rootOf().serialize()))); // with group nodes it is no plain data
   const workflow = structuredClone(before);
   const wanted = only && ((graph, { id }) => liveGraph(graph, workflow)?.getNodeById(id) === only);
   const files = new Proxy({}, { get: (_, type) => filesOf(type) });
@@ -63,8 +63,9 @@ async function open(workflow, before) {
 
 /** Tells which files were chosen, and what has no equal in Graft. */
 function tell(done) {
-  const lines = done.flatMap(({ node, files = [], lost = [], left }) => [
-    ...(left ? [say("left as it is: there is no GGUF with a name like {names}", { names: left })] : []),
+  const lines = done.flatMap(({ node, files = [], lost = [], left, group }) => [
+    ...(left && !group ? [say("left as it is: there is no GGUF with a name like {names}", { names: left })] : []),
+    ...(group ? [say("left as it is: choose Convert to nodes on the group node {name} first", { name: left })] : []),
     ...files.filter(({ was, is, found }) => !found || was !== is).map(({ was, is, found }) =>
       found
         ? say("{is} for {was}", { is, was })
@@ -79,8 +80,11 @@ function tell(done) {
   app.extensionManager?.toast?.add({ severity, summary, detail: lines.join("\n"), life: 12_000 });
 }
 
-/** Whether any node of the workflow, in subgraphs too, is of a kind. */
-const anyNode = (is) => allNodes().some(({ type }) => is(type));
+/** Whether any node of the workflow, in subgraphs and group nodes too, is of a kind. */
+function anyNode(is) {
+  const groups = rootOf().extra?.groupNodes ?? {};
+  return allNodes().some(({ type }) => is(type) || groups[groupOf(type)]?.nodes.some((inner) => is(inner.type)));
+}
 
 const entry = (text, act, only) => ({ content: say(text), callback: () => swap(act, only) });
 

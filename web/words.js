@@ -76,6 +76,7 @@ const ZH = {
   "Back from Graft's loader": "换回原来的加载器",
   "Back from all of Graft's loaders": "换回所有原来的加载器",
   "left as it is: there is no GGUF with a name like {names}": "保持不变：没有名称接近 {names} 的 GGUF",
+  "left as it is: choose Convert to nodes on the group node {name} first": "保持不变：请先在组节点 {name} 上选择“转换为节点”",
   "{is} for {was}": "{was} → {is}",
   "choose a file on node {id}: there is none with a name like {was}": "请在节点 {id} 上选择文件：没有名称接近 {was} 的文件",
   "not taken along: {choice}": "没有带过来：{choice}",

@@ -5,7 +5,8 @@ Ids, links, positions and titles stay; what a loader was is kept with the node, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ Choose = Callable[[object], "str | None"]
 """Finds the file that a name means; None if none is near."""
 
 _INPUTS = -10  # the id of a subgraph's inputs where a link begins
+_BY_INPUT = "-1"  # in place of a node's id, where a shown widget is that of an input of the subgraph
 _WITHOUT_MEANING = ("default", "none", "target", "", False, None)
 
 
@@ -58,12 +60,12 @@ def use_ours(workflow: Json, choose_for: Callable[[str], Choose]) -> list[Swappe
         workflow: as it is saved; it is changed.
         choose_for: for a class of ours, what finds the file that a name means.
     """
-    done = []
+    done = _in_group_nodes(workflow, loader_of)
     for graph, node in _nodes(workflow):
         loader = loader_of(node["type"])
         if loader is None:
             continue
-        values = _values_of(node, loader.widgets)
+        values = _values_of(node, loader.widgets) | _values_outside(workflow, graph, node)
         choose = choose_for(loader.ours)
         report, chosen = choice_of(loader, values, choose, str(node["id"]), node["type"])
         done.append(report)
@@ -76,7 +78,17 @@ def use_ours(workflow: Json, choose_for: Callable[[str], Choose]) -> list[Swappe
             "values": given if isinstance(given, list) else list(values.values()),
             **_pick(node.get("properties"), ORIGIN),
         }
-        _change(workflow, graph, node, loader.ours, loader.kept, list(chosen.values()), choose)
+        outside: dict[str, str] = {}
+
+        def choose_outside(name: object, choose: Choose = choose, outside: dict[str, str] = outside) -> str | None:
+            found = choose(name)
+            if found is not None and found != name:
+                outside.setdefault(found, str(name))
+            return found
+
+        _change(workflow, graph, node, loader.ours, loader.kept, list(chosen.values()), choose_outside)
+        if outside:
+            was["outside"] = outside
         kept = _omit(node.get("properties"), ORIGIN)
         node["properties"] = {**kept, "Node name for S&R": loader.ours, WAS: was}
     return done
@@ -120,7 +132,7 @@ def use_theirs(workflow: Json, choose_for: Callable[[str], Choose]) -> list[Swap
         workflow: as it is saved; it is changed.
         choose_for: for a class of other loaders, what finds the file that a name means.
     """
-    done = []
+    done = _in_group_nodes(workflow, OURS.get)
     for graph, node in _nodes(workflow):
         if node["type"] not in OURS:
             continue
@@ -131,7 +143,8 @@ def use_theirs(workflow: Json, choose_for: Callable[[str], Choose]) -> list[Swap
         assert loader is not None
         choose = choose_for(was["type"])
         theirs = list(was.get("values") or [])
-        for index, name in enumerate(was.get("names") or loader.widgets):
+        # of a node that was saved without its last widgets, none is made up
+        for index, name in enumerate((was.get("names") or loader.widgets)[: len(theirs) or None]):
             own = loader.kept.get(name)
             known = index < len(theirs) and theirs[index] is not None
             if known and (own is None or is_file(own) or own == "device"):
@@ -143,7 +156,12 @@ def use_theirs(workflow: Json, choose_for: Callable[[str], Choose]) -> list[Swap
                 value = found or value
             theirs[index : index + 1] = [value]
         kept = {own: name for name, own in loader.kept.items()}
-        _change(workflow, graph, node, was["type"], kept, theirs, choose)
+        outside = was.get("outside") or {}
+
+        def choose_outside(name: object, choose: Choose = choose, outside: Json = outside) -> str | None:
+            return outside.get(str(name)) or choose(name)
+
+        _change(workflow, graph, node, was["type"], kept, theirs, choose_outside)
         properties = {**_omit(node.get("properties"), (*ORIGIN, WAS)), **_pick(was, ORIGIN)}
         node["properties"] = {**properties, "Node name for S&R": was["type"]}
         done.append(report)
@@ -154,6 +172,18 @@ def stock_for(kind: str, values: Json) -> str:
     """The host's own loader for as many files."""
     files = sum(not _is_none(value) for name, value in values.items() if is_file(name))
     return STOCK[kind][min(max(files, 1), len(STOCK[kind])) - 1]
+
+
+def _in_group_nodes(workflow: Json, is_wanted: Callable[[str], object]) -> list[Swapped]:
+    """Group nodes with such nodes in them: left as they are, since what they hold is kept apart from the nodes."""
+    groups = (workflow.get("extra") or {}).get("groupNodes") or {}
+    done = []
+    for _, node in _nodes(workflow):
+        name = re.sub("^workflow[/>]", "", str(node["type"]))
+        if name != node["type"] and any(is_wanted(inner["type"]) for inner in groups.get(name, {}).get("nodes") or []):
+            left = f"choose Convert to nodes on the group node {name} first"
+            done.append(Swapped(str(node["id"]), node["type"], left=left))
+    return done
 
 
 def _is_none(name: object) -> bool:
@@ -190,13 +220,16 @@ def _change(
         del node["title"]
     node |= {"type": kind, "widgets_values": values}
     inputs = node.get("inputs") or []
+    files = _inputs_outside(
+        graph, inputs, lambda slot: any(is_file(name) for name in (_name_of(slot), kept.get(_name_of(slot)))) or None
+    )
     for slot in inputs:
         if _name_of(slot) not in kept:
             _unlink(workflow, graph, slot.get("link"))
     node["inputs"] = [_renamed(slot, kept[_name_of(slot)]) for slot in inputs if _name_of(slot) in kept]
     for index, slot in enumerate(node["inputs"]):
         _set_target(graph, slot.get("link"), index)
-    _change_promoted(workflow, graph, node["id"], kept, choose)
+    _change_promoted(workflow, graph, node["id"], kept.get, choose, files)
 
 
 def _name_of(slot: Json) -> str:
@@ -208,31 +241,107 @@ def _renamed(slot: Json, name: str) -> Json:
     return {**_omit(slot, ("localized_name",)), "name": name, **widget}
 
 
-def _change_promoted(workflow: Json, graph: Json, node_id: object, kept: Mapping[str, str], choose: Choose) -> None:
-    """Widgets that a subgraph's nodes show of a node in it: under new names, of files the nearest ones, others gone."""
+def _change_promoted(
+    workflow: Json, graph: Json, node_id: object, become: Callable[[str], str | None], choose: Choose, files: Json
+) -> None:
+    """Widgets that a subgraph's nodes show of a node in it: under new names, of files the nearest ones, others gone.
+
+    Args:
+        become: the new name of a widget of the node; None if it is gone.
+        files: has those inputs of the subgraph that are files of the node.
+    """
     for outer, node in _instances(workflow, graph):
-        shown = (node.get("properties") or {}).get("proxyWidgets")
-        if not isinstance(shown, list):
-            continue
-        given = node.get("widgets_values")
-        values = given if isinstance(given, list) and len(given) == len(shown) else None
+        shown = _rows_of(node)
         after = []
-        for index, entry in enumerate(shown):
-            of, name, value = entry[0], entry[1], values[index] if values else None
-            if str(of) != str(node_id):
-                after.append((entry, value))
-            elif name in kept:
-                if isinstance(value, str) and (is_file(name) or is_file(kept[name])):
-                    value = choose(value) or value
-                after.append(([of, kept[name], *entry[2:]], value))
-        node["properties"]["proxyWidgets"] = [entry for entry, _ in after]
-        if values:
-            node["widgets_values"] = [value for _, value in after]
+        for entry, value in shown:
+            of, name = str(entry[0]), entry[1]
+            own = of == str(node_id)
+            now = become(name) if own else name
+            if now is None:
+                continue
+            a_file = is_file(name) or is_file(now) if own else of == _BY_INPUT and name in files
+            if a_file and isinstance(value, str):
+                value = choose(value) or value
+            after.append(([entry[0], now, *entry[2:]] if own else entry, value))
+        if shown:
+            _show_rows(node, shown, after)
+        for index, name in enumerate(_valued_inputs(node)):
+            value = node["widgets_values"][index]
+            if name in files and isinstance(value, str):
+                node["widgets_values"][index] = choose(value) or value
         # a subgraph's node in another subgraph shows them further
-        inputs = {slot["name"] for slot in graph.get("inputs") or []}
-        further = {name: name if name in inputs else kept.get(name, name) for _, name, *_ in shown}
-        if outer is not workflow:
-            _change_promoted(workflow, outer, node["id"], further, choose)
+        if outer is workflow:
+            continue
+        changed = {entry[1] for entry, _ in shown if str(entry[0]) == str(node_id)}
+        changed -= {slot["name"] for slot in graph.get("inputs") or []}
+
+        def further(name: str, changed: Set[str] = changed) -> str | None:
+            return become(name) if name in changed else name
+
+        beyond = _inputs_outside(outer, node.get("inputs") or [], lambda slot: files.get(slot["name"]))
+        _change_promoted(workflow, outer, node["id"], further, choose, beyond)
+
+
+def _inputs_outside(graph: Json, slots: Sequence[Json], tell: Callable[[Json], Any]) -> Json:
+    """Of a subgraph's inputs those that slots of a node hang on: what `tell` says of the slot, by the input's name."""
+    found = {}
+    for slot in slots:
+        link = _find_link(graph, slot.get("link"))
+        if link is None or _of_link(link, "origin_id") != _INPUTS or tell(slot) is None:
+            continue
+        for source in (graph.get("inputs") or [])[_of_link(link, "origin_slot") :][:1]:
+            found[source["name"]] = tell(slot)
+    return found
+
+
+_NOWHERE: Any = object()  # the value of a shown widget that is kept with the node within
+
+
+def _rows_of(node: Json) -> list[tuple[list, Any]]:
+    """The widgets that a subgraph's node shows, with their values where it has them; none if it shows none."""
+    shown = (node.get("properties") or {}).get("proxyWidgets")
+    if not isinstance(shown, list):
+        return []
+    # either all have a value here, or only those of the subgraph's inputs, the others having theirs within
+    by_input = [index for index, entry in enumerate(shown) if str(entry[0]) == _BY_INPUT]
+    given = node.get("widgets_values")
+    size = len(given) if isinstance(given, list) else 0
+    valued = next((places for places in (list(range(len(shown))), by_input) if places and len(places) == size), [])
+    values = dict(zip(valued, given or [], strict=False))
+    return [(entry, values.get(index, _NOWHERE)) for index, entry in enumerate(shown)]
+
+
+def _show_rows(node: Json, before: Sequence[tuple[list, Any]], rows: Sequence[tuple[list, Any]]) -> None:
+    node["properties"]["proxyWidgets"] = [entry for entry, _ in rows]
+    if any(value is not _NOWHERE for _, value in before):
+        node["widgets_values"] = [value for _, value in rows if value is not _NOWHERE]
+
+
+def _valued_inputs(node: Json) -> list[str]:
+    """The inputs of a subgraph's node whose values it has, in their order, as older front ends save them."""
+    names = [slot["name"] for slot in node.get("inputs") or [] if slot.get("widget")]
+    elsewhere = any(value is not _NOWHERE for _, value in _rows_of(node))
+    given = node.get("widgets_values")
+    return names if not elsewhere and isinstance(given, list) and len(given) == len(names) else []
+
+
+def _values_outside(workflow: Json, graph: Json, node: Json) -> Json:
+    """Values of a node's widgets that the node of its subgraph has, and not itself."""
+    found: Json = {}
+
+    def seek(within: Json, slots: Sequence[Json], tell: Callable[[Json], Any]) -> None:
+        outside = _inputs_outside(within, slots, tell)
+        for outer, instance in _instances(workflow, within) if outside else ():
+            for entry, value in _rows_of(instance):
+                if str(entry[0]) == _BY_INPUT and entry[1] in outside and value is not _NOWHERE:
+                    found[outside[entry[1]]] = value
+            for index, name in enumerate(_valued_inputs(instance)):
+                if name in outside:
+                    found[outside[name]] = instance["widgets_values"][index]
+            seek(outer, instance.get("inputs") or [], lambda slot: outside.get(slot["name"]))
+
+    seek(graph, node.get("inputs") or [], _name_of)
+    return found
 
 
 def _instances(workflow: Json, graph: Json) -> list[tuple[Json, Json]]:
@@ -288,6 +397,12 @@ def _remove_input(workflow: Json, graph: Json, index: int) -> None:
         if _of_link(link, "origin_id") == _INPUTS and slot > index:
             _set_in_link(link, "origin_slot", slot - 1)
     for outer, node in _instances(workflow, graph):
+        if name in _valued_inputs(node):
+            del node["widgets_values"][_valued_inputs(node).index(name)]
+        shown = _rows_of(node)
+        left = [(entry, value) for entry, value in shown if (str(entry[0]), entry[1]) != (_BY_INPUT, name)]
+        if len(left) < len(shown):
+            _show_rows(node, shown, left)
         slot = next((slot for slot in node.get("inputs") or [] if slot["name"] == name), None)
         if slot is None:
             continue
