@@ -241,7 +241,7 @@ class GraftImportance:
     """Importance (Graft)."""
 
     DESCRIPTION = (
-        "What Calibrate (Graft) has seen, once the samplers are done: how much each column of each weight counts. "
+        "Collects what Calibrate (Graft) has seen when the samplers are done: how much each column of a weight counts. "
         "Connect it to Save Diffusion Model as GGUF (Graft) or to Save Importance (Graft)."
     )
     SEARCH_ALIASES = ["imatrix", "importance matrix", "calibration result"]  # noqa: RUF012
@@ -303,7 +303,7 @@ class GraftSaveImatrix:
     CATEGORY = node.CATEGORY
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("path",)
-    OUTPUT_TOOLTIPS = ("Where the file lies.",)
+    OUTPUT_TOOLTIPS = ("Where the file is.",)
     OUTPUT_NODE = True
     FUNCTION = "save"
 
@@ -313,7 +313,7 @@ class GraftSaveImatrix:
         prefix = {"default": f"{FOLDER}/Graft", "tooltip": tooltip}
         return {
             "required": {
-                "importance": (TYPE, {"tooltip": "Of Importance (Graft)."}),
+                "importance": (TYPE, {"tooltip": "From Importance (Graft)."}),
                 "filename_prefix": ("STRING", prefix),
             },
         }
@@ -332,7 +332,7 @@ class GraftLoadImatrix:
     """Load Importance (Graft)."""
 
     DESCRIPTION = (
-        "Loads an importance matrix, of Save Importance (Graft) or of llama.cpp's llama-imatrix, in GGUF or as .dat."
+        "Loads an importance matrix from Save Importance (Graft) or from llama.cpp's llama-imatrix: .gguf or .dat."
     )
     SEARCH_ALIASES = ["load imatrix", "importance matrix", "imatrix.dat"]  # noqa: RUF012
     CATEGORY = node.CATEGORY

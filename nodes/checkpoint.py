@@ -115,7 +115,7 @@ class GraftCheckpointLoader:
 
     DESCRIPTION = (
         "Loads a whole checkpoint from one GGUF file: diffusion model, text encoders and VAE, as stable-diffusion.cpp "
-        "writes it. LoRAs run beside the quantized weights."
+        "writes it. LoRAs run next to the quantized weights."
     )
     SEARCH_ALIASES = ["gguf", "checkpoint loader gguf", "load checkpoint gguf", "sdxl gguf"]  # noqa: RUF012
     CATEGORY = node.CATEGORY

@@ -26,8 +26,8 @@ class GraftDemoPrompt:
     """Demo Prompt (Graft)."""
 
     DESCRIPTION = (
-        "Conditioning for Graft's demo model, from a handful of words: up to three coloured shapes on a ground, "
-        "such as 'a red star and a blue ring on mint'. Empty is the unconditional prompt."
+        "A prompt for Graft's demo model, in a few words that it knows: up to three coloured shapes on a ground, "
+        "such as 'a red star and a blue ring on mint'. An empty text is for the negative input."
     )
     SEARCH_ALIASES = ["demo", "graft demo", "toy prompt"]  # noqa: RUF012
     CATEGORY = f"{node.CATEGORY}/demo"
@@ -37,7 +37,7 @@ class GraftDemoPrompt:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        tooltip = f"Colours, shapes and grounds it knows: {', '.join(pictures.VOCABULARY)}."
+        tooltip = f"The colours, shapes and grounds that it knows: {', '.join(pictures.VOCABULARY)}."
         text = {"multiline": True, "default": "a red star on mint", "tooltip": tooltip}
         return {"required": {"text": ("STRING", text)}}
 
@@ -57,16 +57,16 @@ class GraftDemoPrompt:
 class GraftDemoDecode:
     """Demo Decode (Graft)."""
 
-    DESCRIPTION = "The picture in a latent of Graft's demo model: a fixed cosine transform, no VAE."
+    DESCRIPTION = "Makes pictures of the latents of Graft's demo model. It needs no VAE."
     SEARCH_ALIASES = ["demo", "graft demo", "toy decode"]  # noqa: RUF012
     CATEGORY = f"{node.CATEGORY}/demo"
     RETURN_TYPES = ("IMAGE",)
-    OUTPUT_TOOLTIPS = ("The pictures, eight pixels for each latent one.",)
+    OUTPUT_TOOLTIPS = ("The pictures, 8×8 pixels for each cell of the latent.",)
     FUNCTION = "decode"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"samples": ("LATENT", {"tooltip": "Latents that the demo model was sampled to."})}}
+        return {"required": {"samples": ("LATENT", {"tooltip": "Latents from a sampler with the demo model."})}}
 
     def decode(self, samples: dict) -> tuple[Any]:
         return (pictures.decode(pictures.to_model(samples["samples"].cpu())),)
@@ -77,7 +77,7 @@ class GraftDemoPictures:
 
     DESCRIPTION = (
         "Draws pictures in a style, with their captions, for Train LoRA (Graft) on Graft's demo model. One in ten "
-        "comes without its caption, which keeps guidance working."
+        "comes without its caption: guidance needs that."
     )
     SEARCH_ALIASES = ["demo", "graft demo", "training data", "dataset"]  # noqa: RUF012
     CATEGORY = f"{node.CATEGORY}/demo"
@@ -92,7 +92,7 @@ class GraftDemoPictures:
         seed = {"default": 0, "min": 0, "max": 0xFFFFFFFF, "control_after_generate": True}
         return {
             "required": {
-                "style": ([*STYLES], {"tooltip": "How they are drawn. The demo model draws in the style toy."}),
+                "style": ([*STYLES], {"tooltip": "How they are drawn. The demo model itself draws in the style toy."}),
                 "count": ("INT", count),
                 "seed": ("INT", {**seed, "tooltip": "Which shapes, colours and places."}),
             }

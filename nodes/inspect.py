@@ -42,7 +42,7 @@ def report(model: GraftPatcher) -> str:
         lines.append(f"{layers(len(names))} {way}: {examples(names)}")
     others = len(model.patches)
     if others:
-        lines.append(f"{others} parameters outside of packed layers patched by ComfyUI")
+        lines.append(f"{others} other parameters, patched by ComfyUI itself")
     lines += rejected
     lines += [f"rejected: {name}: {reason}" for name, residual in planned.items() for reason in residual.rejected]
     return "\n".join(lines)
@@ -123,8 +123,8 @@ class GraftInspect:
     """Inspect Model (Graft)."""
 
     DESCRIPTION = (
-        "Shows what a Graft model holds, which LoRAs run next to it and how much each changes in which block, which "
-        "way each layer takes, and why."
+        "Shows what is in a Graft model: the types of its layers, the LoRAs on it, how much each LoRA changes each "
+        "block, and how the layers are computed."
     )
     SEARCH_ALIASES = ["gguf info", "model info", "lora report", "inspect gguf"]  # noqa: RUF012
     CATEGORY = node.CATEGORY

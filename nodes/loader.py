@@ -58,8 +58,8 @@ COMPUTE_DTYPE = (
     list(COMPUTE_DTYPES),
     {
         "default": "auto",
-        "tooltip": "Precision of the computation; auto takes what ComfyUI chooses. int8 multiplies large layers in "
-        "int8: faster, about 1 % less precise, LoRAs stay exact.",
+        "tooltip": "Precision of the computation. auto takes what ComfyUI chooses. int8 makes large layers faster and "
+        "about 1 % less precise; LoRAs keep their full precision.",
     },
 )
 """An input of the loaders of diffusion models."""
@@ -298,13 +298,13 @@ class GraftUNETLoader:
     """Load Diffusion Model (GGUF, Graft)."""
 
     DESCRIPTION = (
-        "Loads a GGUF diffusion model. LoRAs from any LoRA node run beside the quantized weights: "
-        "exact, and the file's bytes stay as they are."
+        "Loads a GGUF diffusion model. LoRAs from any LoRA node run next to the quantized weights, at full precision. "
+        "The file is never changed."
     )
     SEARCH_ALIASES = ["gguf", "unet loader gguf", "load gguf", "quantized model", "q4", "q8"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
     RETURN_TYPES = ("MODEL",)
-    OUTPUT_TOOLTIPS = ("The model; every LoRA and sampling node takes it.",)
+    OUTPUT_TOOLTIPS = ("The model, for all LoRA nodes and samplers.",)
     FUNCTION = "load"
     HAS_INTERMEDIATE_OUTPUT = True
 

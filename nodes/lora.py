@@ -189,7 +189,7 @@ class GraftLoraStack:
 
     DESCRIPTION = (
         "Any number of LoRAs in one node, each with its own switch and strength. On a Graft model they run next to the "
-        "quantized weights; a new strength reloads nothing."
+        "quantized weights. You can change a strength and nothing is loaded again."
     )
     SEARCH_ALIASES = ["lora loader", "lora stack", "multi lora", "power lora", "gguf lora"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
@@ -199,7 +199,7 @@ class GraftLoraStack:
         "The model with these LoRAs.",
         "All rows as (file, model strength, clip strength). They are on MODEL already: connect this to other packs' "
         "stackers, or to a LoRA Stack of another model.",
-        "For each file how many layers it reaches and why not more, and which way they take.",
+        "For each file: how many layers it changes, why not more, and how they are computed.",
         "The trigger words that the files name, separated by commas.",
         "The CLIP that came in, with the text encoder layers of these LoRAs.",
     )
@@ -215,7 +215,7 @@ class GraftLoraStack:
         optional: dict[str, tuple] = {
             STACK_INPUT: (
                 "LORA_STACK",
-                {"tooltip": "Rows of another stacker, put on the model before these; not those that it has already."},
+                {"tooltip": "LoRAs of another stacker. They go on the model first, and none goes on twice."},
             ),
         }
         for row in range(1, ROWS + 1):
@@ -234,8 +234,8 @@ class GraftLoraStack:
             "STRING",
             {
                 "default": "",
-                "tooltip": "Strengths for CLIP where they differ from those for the model, as row = strength: "
-                "1 = 0.5, 3 = 0. Leave it empty to use the same.",
+                "tooltip": "Other strengths for CLIP than for the model, as row = strength, such as: 1 = 0.5, 3 = 0. "
+                "Leave it empty to use the same ones.",
             },
         )
         optional[MORE_ROWS] = (
@@ -243,7 +243,7 @@ class GraftLoraStack:
             {
                 "default": "",
                 # no braces: the front end would take them for places of its translations
-                "tooltip": f"Rows from the {ROWS + 1}th on, as JSON. The rows write it; the help page shows how.",
+                "tooltip": f"Rows from the {ROWS + 1}th on, as JSON. The node writes it. The help page shows how.",
             },
         )
         optional[IF_MISSING] = (

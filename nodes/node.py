@@ -20,7 +20,7 @@ UNKNOWN = ""
 
 BACKEND = (
     list(kernels.BACKENDS),
-    {"default": "auto", "tooltip": "What decodes the weights: auto takes the first that can."},
+    {"default": "auto", "tooltip": "What decodes the weights. auto takes the fastest that works here."},
 )
 """An input of both loaders."""
 

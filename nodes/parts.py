@@ -194,7 +194,9 @@ class _PartLoader:
 class GraftVAELoader(_PartLoader):
     """Load VAE Picture Decoder (GGUF, Graft)."""
 
-    DESCRIPTION = "Loads a VAE from GGUF. It is decoded when it is loaded, and then as large as one of safetensors."
+    DESCRIPTION = (
+        "Loads a VAE from GGUF. It is decoded when it is loaded, so it takes as much memory as a safetensors file."
+    )
     SEARCH_ALIASES = ["gguf", "vae loader gguf"]  # noqa: RUF012
     RETURN_TYPES = ("VAE",)
     OUTPUT_TOOLTIPS = ("The VAE.",)
@@ -209,7 +211,9 @@ class GraftVAELoader(_PartLoader):
 class GraftControlNetLoader(_PartLoader):
     """Load ControlNet Model (GGUF, Graft)."""
 
-    DESCRIPTION = "Loads a ControlNet from GGUF. It is decoded when it is loaded, and then as large as any other."
+    DESCRIPTION = (
+        "Loads a ControlNet from GGUF. It is decoded when it is loaded, so it takes as much memory as any other."
+    )
     SEARCH_ALIASES = ["gguf", "controlnet loader gguf"]  # noqa: RUF012
     RETURN_TYPES = ("CONTROL_NET",)
     OUTPUT_TOOLTIPS = ("The ControlNet, for Apply ControlNet.",)

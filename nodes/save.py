@@ -290,7 +290,7 @@ class GraftSaveGGUF:
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("MODEL", "report")
     OUTPUT_TOOLTIPS = (
-        "The saved file, loaded: connect a sampler to see what the type costs. It is loaded only if connected.",
+        "The saved file, loaded if you connect this. With a sampler you see what the type changes in pictures.",
         "What was written: types, size, notes, and where the file is.",
     )
     FUNCTION = "save"
@@ -305,7 +305,7 @@ class GraftSaveGGUF:
                     list(NAMES),
                     {
                         "default": "Q4_K_M",
-                        "tooltip": "Q8_0 is nearly exact, Q4_K_M is half of that, Q3 and below need an importance "
+                        "tooltip": "Q8_0 is nearly exact. Q4_K_M is half as large. Q3 and smaller need an importance "
                         "matrix to look good. 'as it is' keeps the types of a GGUF model.",
                     },
                 ),
@@ -331,7 +331,7 @@ class GraftSaveGGUF:
                 "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of this name."}),
                 "importance": (
                     "GRAFT_IMPORTANCE",
-                    {"tooltip": "An importance matrix: the same size, a smaller error. IQ1 and IQ2 need one."},
+                    {"tooltip": "An importance matrix makes the error smaller at the same size. IQ1 and IQ2 need one."},
                 ),
             },
             "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
@@ -379,7 +379,13 @@ class GraftSaveCLIPGGUF:
         return {
             "required": {
                 "clip": ("CLIP", {"tooltip": "A CLIP from any loader, with or without LoRAs."}),
-                "type": (list(NAMES), {"default": "Q8_0", "tooltip": "Q8_0 is nearly exact; Q5_K_M and below show."}),
+                "type": (
+                    list(NAMES),
+                    {
+                        "default": "Q8_0",
+                        "tooltip": "Q8_0 is nearly exact. With Q5_K_M and smaller types you see a difference.",
+                    },
+                ),
                 "filename_prefix": ("STRING", {**required["filename_prefix"][1], "default": "my-text-encoder"}),
                 "folder": (
                     list(CLIP_FOLDERS),

@@ -197,14 +197,14 @@ class GraftSaveLora:
     """Save LoRA (Graft)."""
 
     DESCRIPTION = (
-        "Saves all LoRAs that are on a model as one file, with their strengths in it. Or what sets a model apart from "
-        "another one, as a LoRA. The file loads in any LoRA node, on the plain model."
+        "Saves all LoRAs on a model as one file, with their strengths. With a second model it saves the difference of "
+        "the two as a LoRA. The file loads in any LoRA node, on the plain model."
     )
     SEARCH_ALIASES = ["merge loras", "extract lora", "save lora", "combine loras", "model as lora"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("path", "report")
-    OUTPUT_TOOLTIPS = ("Where the file lies.", "How many layers it holds, and what was lost by the rank.")
+    OUTPUT_TOOLTIPS = ("Where the file is.", "How many layers are in it, and how much the rank has lost.")
     OUTPUT_NODE = True
     FUNCTION = "save"
 
@@ -213,25 +213,28 @@ class GraftSaveLora:
         prefix = {"default": "loras/Graft", "tooltip": "Folder and beginning of the file's name, in ComfyUI's output."}
         rank = {
             "default": 0, "min": 0, "max": _HIGHEST_RANK,
-            "tooltip": "0 keeps all of it. Else the rank to cut to: the file gets smaller, and the report says what is "
-            "lost. With `base` a rank is needed, for example 64.",
+            "tooltip": "0 keeps everything. Another number cuts the LoRA to that rank: the file gets smaller, and the "
+            "report says how much is lost. With base, set a rank, for example 64.",
         }  # fmt: skip
-        form = {"default": "fp16", "tooltip": "How numbers are stored. GGUF in Q8_0 is half of fp16."}
+        form = {
+            "default": "fp16",
+            "tooltip": "How numbers are stored. GGUF in Q8_0 is half as large as fp16, and for Graft's nodes only.",
+        }
         repair = (
-            "For a repair: of Importance (Graft), calibrated with for_repair on. The rank then goes to what counts in "
-            "the pictures."
+            "For a repair LoRA: from Importance (Graft), with for_repair on in Calibrate (Graft). The LoRA then "
+            "repairs first what counts most in the pictures."
         )
-        names = {"default": NAMES[0], "tooltip": "Whose names the file uses. kohya loads nearly everywhere."}
+        names = {"default": NAMES[0], "tooltip": "How the file names its layers. kohya loads nearly everywhere."}
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "A model with LoRAs on it, of Graft's loader or any other."}),
+                "model": ("MODEL", {"tooltip": "A model with LoRAs on it, from Graft's loader or any other."}),
                 "filename_prefix": ("STRING", prefix),
                 "rank": ("INT", rank),
                 "names": (list(NAMES), names),
                 "file": (list(FORMS), form),
             },
             "optional": {
-                "base": ("MODEL", {"tooltip": "Another model. Then the file holds what makes `model` of it."}),
+                "base": ("MODEL", {"tooltip": "Another model. The file then holds the difference of the two."}),
                 "importance": (TYPE, {"tooltip": repair}),
             },
         }
@@ -315,7 +318,7 @@ def _report(
     lines = [f"{layers(len(products))} of rank up to {max((change.rank for change in products), default=0)}"]
     whole = [name for name, change in changes.items() if not change.rank]
     if whole:
-        lines.append(f"{len(whole)} in full, which are no product of two factors: {examples(whole)}")
+        lines.append(f"{len(whole)} in full, as two small factors cannot hold them: {examples(whole)}")
     lost = extract.error(list(changes.values()))
     lines.append(f"lost by rank {rank}: {lost:.2%} of the {of}" if rank else "nothing was cut")
     if left_out:

@@ -39,7 +39,7 @@ def strength_of(
 
 def _course(course: str, start: float, end: float) -> Curve | None:
     if end <= start:
-        raise AdapterError(f"the end, {end:g}, lies not behind the start, {start:g}: set end higher")
+        raise AdapterError(f"set end higher than start: end is {end:g}, start is {start:g}")
     if course == COURSES[0]:
         return Curve.between(start, end)
     low, high, middle = (start, 0.0, "linear"), (end, 0.0, "hold"), (start + end) / 2
@@ -86,7 +86,7 @@ def _share(default: float, tooltip: str, most: float = 1.0) -> tuple:
 
 
 WHERE_AND_WHEN = {
-    "mask": ("MASK", {"tooltip": "Where in the picture the LoRA works: white is all of it, black is none. Any size."}),
+    "mask": ("MASK", {"tooltip": "Where in the picture the LoRA works: all of it on white, none on black. Any size."}),
     "start": _share(0.0, "The LoRA starts at this share of the steps: 0 is the first step."),
     "end": _share(1.0, "The LoRA ends at this share of the steps: 1 is the last step."),
     "course": (list(COURSES), {"default": COURSES[0], "tooltip": "How the strength goes from start to end."}),
@@ -111,8 +111,8 @@ WHERE_AND_WHEN = {
         list(ELSEWHERE),
         {
             "default": "off",
-            "tooltip": "With a mask: how strong the LoRA is on what has no place in the picture, such as the words. "
-            "off keeps regions apart best.",
+            "tooltip": "With a mask: how strong the LoRA is on what is not in the picture, such as the words of the "
+            "prompt. off keeps regions apart best.",
         },
     ),
     "only": (
@@ -131,8 +131,8 @@ class GraftStrength:
     """LoRA Where and When (Graft)."""
 
     DESCRIPTION = (
-        "Says where in the picture, in which steps, for which prompt and in which blocks a LoRA works. Connect it to a "
-        "row of LoRA Stack (Graft): the row's menu has the input for it. The model runs as often as without LoRAs."
+        "Says where in the picture, in which steps, for which prompt and in which blocks a LoRA works. For a row of "
+        "LoRA Stack (Graft): choose Link where and when in the row's menu, and connect this node to the new input."
     )
     SEARCH_ALIASES = ["lora schedule", "lora mask", "regional lora", "lora block weight"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
@@ -160,7 +160,7 @@ class GraftLora:
     CATEGORY = node.CATEGORY
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("MODEL", "report")
-    OUTPUT_TOOLTIPS = ("The model with this LoRA.", "How many layers it reaches, and why not more.")
+    OUTPUT_TOOLTIPS = ("The model with this LoRA.", "How many layers the LoRA changes, and why not more.")
     FUNCTION = "apply"
     HAS_INTERMEDIATE_OUTPUT = True
 
@@ -209,7 +209,7 @@ class GraftRegions:
     RETURN_TYPES = ("MASK",) * REGIONS
     RETURN_NAMES = tuple(f"region_{number}" for number in range(1, REGIONS + 1))
     OUTPUT_TOOLTIPS = (
-        "Regions go from left to right and from top to bottom. With a rectangle: first it, then the rest.",
+        "Regions go from left to right, from top to bottom. With a rectangle, region_1 is it and region_2 the rest.",
     ) * REGIONS
     FUNCTION = "split"
 

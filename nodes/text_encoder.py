@@ -442,13 +442,13 @@ class GraftCLIPLoader:
     """Load CLIP Text Encoders (GGUF, Graft)."""
 
     DESCRIPTION = (
-        "Loads text encoders from GGUF, alone or beside others: what Flux, SD3, Wan, Qwen-Image and others read your "
-        "words with. LoRAs run beside the quantized weights."
+        "Loads text encoders, which read your prompt for Flux, SD3, Wan, Qwen-Image and others. You can use GGUF and "
+        "safetensors files together. LoRAs run next to the quantized weights."
     )
     SEARCH_ALIASES = ["gguf", "clip loader gguf", "dual clip loader gguf", "t5", "umt5", "qwen"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
     RETURN_TYPES = ("CLIP",)
-    OUTPUT_TOOLTIPS = ("The text encoders; every node for prompts and LoRAs takes them.",)
+    OUTPUT_TOOLTIPS = ("The text encoders, for all nodes for prompts and LoRAs.",)
     FUNCTION = "load"
     HAS_INTERMEDIATE_OUTPUT = True
 
@@ -458,18 +458,25 @@ class GraftCLIPLoader:
         more = {
             f"clip_name{number}": (
                 [NONE, *files],
-                {"default": NONE, "tooltip": f"File {number}, for models with as many text encoders: Flux has two."},
+                {
+                    "default": NONE,
+                    "tooltip": f"File {number}. Choose None if your model has fewer text encoders. Flux has two.",
+                },
             )
             for number in range(2, FILES + 1)
         }
         return {
             "required": {
                 "clip_name1": (files, {"tooltip": "A .gguf or .safetensors file in models/text_encoders."}),
-                "type": (types(), {"tooltip": "The model that they are for; with three or four files it is known."}),
+                "type": (
+                    types(), {"tooltip": "The model that they are for. Three files are for SD3, four for HiDream."}
+                ),
             },
             "optional": more
             | {
-                "device": (list(DEVICES), {"default": "default", "tooltip": "Where they run."}),
+                "device": (
+                    list(DEVICES), {"default": "default", "tooltip": "Where they run. cpu keeps GPU memory free."}
+                ),
                 "backend": node.BACKEND,
             },
         }

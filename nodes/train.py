@@ -30,31 +30,31 @@ _TOOLTIPS = {
     "model": "A model of Graft's loader. LoRAs that are on it stay on it.",
     "latents": "Your pictures, from VAE Encode: one batch, or a list of latents.",
     "positive": "The captions: one for all pictures, or one for each, in the same order.",
-    "steps": "How many steps in all. A run that goes on from an earlier one counts that one's steps, too.",
-    "learning_rate": "How far a step goes. Try 0.0001 first. If the loss jumps, take less.",
+    "steps": "How many steps in all. If you go on from an earlier run, its steps count, too.",
+    "learning_rate": "How much a step changes. Try 0.0001 first. If the loss jumps, take a smaller number.",
     "rank": "How much the LoRA can hold. 16 is enough for most styles.",
-    "layers": "What is trained. 'attention and MLP' suits nearly everything. 'all' has layers outside of blocks, too.",
+    "layers": "What is trained. 'attention and MLP' suits nearly everything. 'all' takes layers outside blocks, too.",
     "filename_prefix": "Folder and beginning of the file's name, in ComfyUI's output.",
     "trigger_phrase": "The words in your captions that mean the new thing. They go into the file.",
-    "seed": "Noise, the order of the pictures, and how the LoRA begins.",
+    "seed": "Decides the noise, the order of the pictures, and what the LoRA starts from.",
     "batch_size": "How many pictures a step sees at once. More needs more memory.",
     "accumulate": "How many such batches make one step: like a larger batch, without more memory.",
     "kind": "LoRA is the usual one. DoRA also learns a strength for each row. LoKr makes small files.",
     "alpha": "What is learnt is scaled by alpha / rank. 0 is the same as rank: no scaling.",
-    "schedule": "How the learning rate goes down. It rises first, for a few steps.",
-    "optimizer": "AdamW is the usual one. 8-bit ones are listed where bitsandbytes is installed.",
-    "compute": "What the model computes in. auto: as it samples, but never fp16. The LoRA itself learns in fp32.",
-    "gradient_checkpointing": "Saves most of the memory. A step takes about a third longer.",
+    "schedule": "How the learning rate changes. It always rises in the first steps.",
+    "optimizer": "AdamW is the usual one. 8-bit ones are in the list if bitsandbytes is installed.",
+    "compute": "Precision of the model. auto: as when it samples, but never fp16. The LoRA itself learns in fp32.",
+    "gradient_checkpointing": "Saves memory, and a step takes longer. Switch it off if you have enough memory.",
     "pattern": "Instead of 'layers': parts of layer names, with commas, such as blocks.0., *.ffn.* . May stay empty.",
-    "resume_from": "A LoRA to go on with. With its .training file beside it, the run goes on exactly where it stopped. "
-    "Layers, rank and kind are those of the file.",
+    "resume_from": "Go on from this LoRA. With its .training file in the same folder, the run goes on exactly where it "
+    "stopped. Layers, rank and kind come from the file.",
     "file": "How the file stores its numbers.",
     "sample_every": "Draws a picture every so many steps. 0: none.",
     "sample_steps": "Steps of the sampler for these pictures.",
-    "sample_cfg": "Guidance of these pictures.",
-    "negative": "The negative prompt of these pictures, for a guidance other than 1.",
-    "teacher": "For a repair: the same model with more bits. The LoRA learns to give what the teacher gives. Latents "
-    "that the teacher drew will do.",
+    "sample_cfg": "Guidance (CFG) of these pictures.",
+    "negative": "The negative prompt of these pictures. It is used if sample_cfg is not 1.",
+    "teacher": "For a repair LoRA: the same model in a larger type. The LoRA learns to give what the teacher gives. "
+    "You need no pictures: latents that the teacher drew are enough.",
 }
 
 
@@ -62,8 +62,8 @@ class GraftTrainLora:
     """Train LoRA (Graft)."""
 
     DESCRIPTION = (
-        "Trains a LoRA on a quantized model, on the very weights that it will run on. The model's file stays as it is. "
-        "A 12B model in Q4_K needs about a quarter of the memory that it needs in bf16."
+        "Trains a LoRA on a quantized model: on the same weights that it will run on later. The model's file is not "
+        "changed. Weights in Q4_K take less than a third of the memory that they take in bf16."
     )
     SEARCH_ALIASES = ["train lora", "lora training", "finetune", "qlora", "dora", "lokr", "dreambooth"]  # noqa: RUF012
     CATEGORY = node.CATEGORY
@@ -73,8 +73,8 @@ class GraftTrainLora:
         "The model with the new LoRA on it.",
         "The LoRA itself, for ComfyUI's Save LoRA or Load LoRA Model.",
         "The loss of every step, and its mean.",
-        "The pictures that were drawn on the way, one below the other. Connect VAE Decode.",
-        "Where the LoRA's file lies.",
+        "The pictures that were drawn on the way, the first one first. Connect VAE Decode.",
+        "Where the LoRA's file is.",
         "What was trained, and how it went.",
     )
     OUTPUT_NODE = True

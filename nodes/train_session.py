@@ -358,7 +358,7 @@ class Session:
         count = len({target.layer for target in training.targets})
         numbers = sum(parameter.numel() for parameter in self.run.parameters)
         lines = [
-            f"{training.kind}, rank {training.rank}, beside {layers(count)}, {numbers:,} numbers",
+            f"{training.kind}, rank {training.rank}, on {layers(count)}, {numbers:,} numbers",
             f"{len(self.examples)} pictures, {self.run.step} steps, {self._pace()}",
             f"loss {losses[min(len(losses) - 1, 9)]:.4f} -> {losses[-1]:.4f}",
             *self.notes,

@@ -201,8 +201,8 @@ class PackedLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_floating_point():
             raise GraftError(
-                f"a {type(self).__name__} of shape {list(self.logical_shape)} was given {x.dtype}: this model's code "
-                "casts to the dtype of its weights, which is that of packed bytes; use a file of it that is not GGUF"
+                f"use a file of this model that is not GGUF: its code gave {x.dtype} to a {type(self).__name__} of "
+                f"shape {list(self.logical_shape)}, which needs floating-point numbers"
             )
         dtype = autocast_dtype(x)
         if dtype is None:

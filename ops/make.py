@@ -103,15 +103,15 @@ class Plan:
         again = self._requantized()
         if again:
             notes.append(
-                f"{layers(len(again))} were quantized before and are quantized again, which loses more than from the "
-                f"full model: {examples(again)}"
+                f"{layers(len(again))} were quantized before and are quantized again, which loses more than starting "
+                f"from the full model: {examples(again)}"
             )
         fp8 = [name for name in self.choices if self.state[name].dtype in _FP8]
         if fp8:
-            notes.append(f"{layers(len(fp8))} of the model are in fp8: what that lost stays lost")
+            notes.append(f"{layers(len(fp8))} of the model are in fp8: what fp8 has lost cannot come back")
         unmeasured = [n for n, c in self.choices.items() if c.fmt.is_quantized and not self.has_importance(n)]
         if self.importance is not None and unmeasured:
-            notes.append(f"the importance matrix has nothing on {layers(len(unmeasured))}: {examples(unmeasured)}")
+            notes.append(f"the importance matrix has no data for {layers(len(unmeasured))}: {examples(unmeasured)}")
         if self.architecture not in (*KNOWN_TO_PEERS, *READ_BY_PEERS):
             notes.append(f"Graft reads this file; ComfyUI-GGUF does not know the architecture {self.architecture}")
         long = [name for name in self.choices if len(name) > _LONGEST_NAME]

@@ -278,7 +278,7 @@ class Chooser:
     def _fitting(self, name: str, tensor: torch.Tensor, wanted: Format) -> Choice:
         fmt, why = wanted, ""
         if needs_importance(fmt) and self.measured is not None and name not in self.measured:
-            fmt, why = by_name("Q2_K"), f"its importance is not known, {fmt} needs it"
+            fmt, why = by_name("Q2_K"), f"no importance data, which {fmt} needs"
         if reason := cannot_write(fmt, self.measured is not None):
             raise UnsupportedFormat(reason)
         columns, count = tensor.shape[-1] if tensor.dim() else 1, tensor.numel()
@@ -290,7 +290,7 @@ class Chooser:
         other = by_name(_NARROWER.get(fmt.name, fmt.name))
         if columns % other.block_size:
             other = float_type(tensor)
-        return Choice(other, shape, f"its rows of {columns} fill no blocks of {fmt}")
+        return Choice(other, shape, f"rows of {columns} do not fit {fmt} (blocks of {fmt.block_size})")
 
 
 def _stays_small(name: str, tensor: torch.Tensor) -> bool:

@@ -245,7 +245,7 @@ class FileReport:
         details = [f"{self.dialect} names"] if self.dialect else []
         lines = [self.line, "; ".join(details + ways)]
         if self.text_encoder and self.on_clip is None:
-            lines.append(f"{layers(self.text_encoder)} of text encoders in it need a CLIP")
+            lines.append(f"connect a CLIP for the {layers(self.text_encoder)} of text encoders in this file")
         elif self.text_encoder:
             lines.append(f"{self.on_clip} of {self.text_encoder} text encoder layers on the CLIP")
         lines += self.notes
@@ -353,7 +353,7 @@ def examples(names: Sequence[str]) -> str:
 
 def way_of(path: str, reason: str) -> str:
     """In words, which way a layer takes: `path` and `reason` as `LayerResidual` has them."""
-    way = "by the host's own merge on the decoded weight" if path == "exact" else "beside the packed weight"
+    way = "merged into a decoded copy of the weight" if path == "exact" else "next to the quantized weights"
     return f"{way} ({reason})" if reason else way
 
 

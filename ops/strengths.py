@@ -245,7 +245,7 @@ class Strength:
 
     def __post_init__(self) -> None:
         if self.mask is not None and (self.mask.dim() != 3 or not self.mask.numel()):
-            raise AdapterError(f"a mask of shape {list(self.mask.shape)} is none: it needs rows and columns")
+            raise AdapterError(f"choose another mask: this one has no pixels, its shape is {list(self.mask.shape)}")
         if self.elsewhere not in ELSEWHERE:
             raise AdapterError(f"what has no place in the picture is {', '.join(ELSEWHERE)}, not {self.elsewhere}")
 

@@ -225,7 +225,9 @@ def _beginning(
 ) -> Trainable:  # fmt: skip
     path = target.layer
     if kind == TrainableDoRA.kind and f"{path}.bias" in before:
-        raise AdapterError(f"a LoRA changes the bias of {path}, beside which no DoRA can learn: take it off")
+        raise AdapterError(
+            f"take off the LoRA that changes the bias of {path}, or train a LoRA: a DoRA cannot learn next to it"
+        )
     patches = before.get(f"{path}.weight", ())
     return beginning(kind, path, layers[path], target.region, rank, alpha, random, patches)
 

@@ -215,7 +215,7 @@ def test_the_text_is_on_the_node_whole(page: Page) -> None:
     assert "\nruns on the processor: the model takes 4." in texts[LOADER] and texts[LOADER].count("\n") == 2
     for style in STYLES:
         assert f"graft-demo-{style}.safetensors ×1.00: 41/41 layers" in texts[STACK]
-    assert texts[STACK].count("\n") == 5 and "41 layers beside the packed weight: " in texts[INSPECT]
+    assert texts[STACK].count("\n") == 5 and "41 layers next to the quantized weights: " in texts[INSPECT]
     assert "\nblocks.ffn: Q8_0 8 · 1.11 MB\n" in texts[INSPECT]
     assert "\ngraft-demo-neon.safetensors ×1.00 changes the weights by: " in texts[INSPECT]
     areas = "[...document.querySelectorAll('textarea')]"
@@ -280,10 +280,10 @@ REPORTS = {
     LOADER: "Flux.1 dev · 11.9B · Q4_K 228, Q6_K 76, F32 471 · 6.6 GB · bfloat16 · triton\n"
     "runs on NVIDIA GeForce RTX 3060: the model takes 6.8 GB of 12.9 GB, dynamic VRAM is on\n"
     "weights are decoded on the card, in Triton kernels",
-    STACK: "style.safetensors ×0.80: 304/304 layers, rank 16\n  kohya names; 304 layers beside the packed weight",
+    STACK: "style.safetensors ×0.80: 304/304 layers, rank 16\n  kohya names; 304 layers next to the quantized weights",
     "GraftCLIPLoader": "clip_l.safetensors: CLIP-L as it is\nt5xxl.gguf: T5 XXL Q8_0 169, F32 50\ntriton",
     "GraftImportance": "304 layers in 160 model calls, up to 30,000 rows each\nsix prompts",
-    "GraftTrainLora": "LoRA, rank 16, beside 40 layers, 360,448 numbers\n64 pictures, 300 steps, 0.35 s a step\n"
+    "GraftTrainLora": "LoRA, rank 16, on 40 layers, 360,448 numbers\n64 pictures, 300 steps, 0.35 s a step\n"
     "loss 2.8083 -> 2.5305\n"
     "trained on Wan 2.1 / 2.2 T2V · 4.9M · Q8_0 45, Q4_K 1, F32 76, F16 1 · 4.7 MB · float32 · cpu\n"
     "734,400 bytes: /output/loras/graft-demo-blueprint-trained_00001_.safetensors",
@@ -928,15 +928,15 @@ def test_a_picture_from_another_version_and_other_folders_runs_here(
 CHINESE = re.compile("[\u4e00-\u9fff]")
 SAID = {
     "style.safetensors ×0.80: 3/4 layers, rank 4 to 16; 1 not in this model, such as a (trained for Flux, model is "
-    "SD3)\n  kohya names; 3 layers beside the packed weight":
+    "SD3)\n  kohya names; 3 layers next to the quantized weights":
     "style.safetensors ×0.80: 3/4 层，秩 4 到 16；模型里没有其中 1 个，例如 a (为 Flux 训练，模型是 SD3)\n"
     "  kohya 命名；3 层在量化权重旁计算",
     "runs on NVIDIA RTX 3060: the model takes 6.8 GB of 12.9 GB, dynamic VRAM is on":
     "在 NVIDIA RTX 3060 上运行：模型占用 6.8 GB，共 12.9 GB，动态显存已打开",
     "faster: run python -m pip install -U triton with ComfyUI's Python and start ComfyUI again":
     "更快的方法：用 ComfyUI 的 Python 运行 python -m pip install -U triton，然后重启 ComfyUI",
-    "saved my-Q4_K_M.gguf, 6.87 GB in 640 s\n2 layers in another type, its rows of 96 fill no blocks of Q4_K: a, b":
-    "已保存 my-Q4_K_M.gguf，6.87 GB，用时 640 秒\n2 层用了另一种类型，每行 96 个数，填不满 Q4_K 的块: a, b",
+    "saved my-Q4_K_M.gguf, 6.87 GB in 64 s\n2 layers in another type, rows of 96 do not fit Q4_K (blocks of 256): a, b":
+    "已保存 my-Q4_K_M.gguf，6.87 GB，用时 64 秒\n2 层用了另一种类型，每行 96 个数，不适合 Q4_K（每块 256 个）: a, b",
     "no phrase of ours": "no phrase of ours",
 }  # fmt: skip
 

@@ -632,7 +632,7 @@ def test_text_encoders_are_counted_in_one_line(written) -> None:
     report = load_adapters(written(lora(NAME, (H, 16)) | text)).on(FLUX).report(0.5)
     assert report.line == "style.safetensors ×0.50: 1/1 layers, rank 4"
     assert report.text.splitlines()[1:] == [
-        "  kohya, diffusers names", "  2 layers of text encoders in it need a CLIP",
+        "  kohya, diffusers names", "  connect a CLIP for the 2 layers of text encoders in this file",
     ]  # fmt: skip
     with pytest.raises(AdapterError, match=r"for a text encoder only \(2 layers\)"):
         load_adapters(written(text)).on(FLUX)

@@ -142,7 +142,7 @@ def test_rows_that_fill_no_blocks(tmp_path):
     }  # fmt: skip
     plan = plan_model(state, recipe_named("Q4_K_M"), "flux")
     assert [choice.fmt.name for choice in plan.choices.values()] == ["Q5_0", "F16", "BF16"]
-    assert [note for note in plan.notes if "rows of 96 fill no blocks of Q4_K" in note]
+    assert [note for note in plan.notes if "rows of 96 do not fit Q4_K (blocks of 256)" in note]
     assert [note for note in plan.notes if "rows of 40" in note and "b.weight (F16)" in note]
     path = tmp_path / "a.gguf"
     assert write_model(path, plan) == path.stat().st_size > plan.nbytes

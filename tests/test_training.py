@@ -296,7 +296,7 @@ def test_a_changed_bias_is_beneath_too():
             both = layer(x)
     with training.beside():
         torch.testing.assert_close(both - alone, layer(x) - layer_without(layer, x), rtol=1e-3, atol=1e-4)
-    with pytest.raises(AdapterError, match="beside which no DoRA can learn"):
+    with pytest.raises(AdapterError, match="a DoRA cannot learn next to it"):
         learning(layer, "DoRA", before=stack.patches)
 
 

@@ -140,6 +140,9 @@ def test_a_tensor_that_is_cut_short(tmp_path):
     short = NewTensor("a", by_name("F32"), (4,), lambda: [torch.zeros(3)])
     with pytest.raises(GraftError, match="a came as"):
         write_gguf(tmp_path / "model.gguf", {}, [short])
-    with pytest.raises(GraftError, match="twice"):
+    with pytest.raises(GraftError, match="two tensors of this name"):
         write_gguf(tmp_path / "model.gguf", {}, [short, short])
+    deep = NewTensor("a", by_name("F32"), (1,) * 9, lambda: [torch.zeros(1)])
+    with pytest.raises(GraftError, match="has more than"):
+        write_gguf(tmp_path / "model.gguf", {}, [deep])
     assert not list(tmp_path.iterdir())

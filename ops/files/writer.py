@@ -160,8 +160,12 @@ def _header(metadata: Mapping[str, Value], tensors: Sequence[NewTensor]) -> byte
     parts += [_string(key) + _entry(value) for key, value in metadata.items()]
     offset, names = 0, set()
     for tensor in tensors:
-        if tensor.name in names or len(tensor.shape) > _MOST_DIMS:
-            raise GraftError(f"{tensor.name} {list(tensor.shape)} cannot be written: it is there twice, or too deep")
+        if tensor.name in names:
+            raise GraftError(f"{tensor.name} cannot be written: the model has two tensors of this name")
+        if len(tensor.shape) > _MOST_DIMS:
+            raise GraftError(
+                f"{tensor.name} cannot be written: its shape {list(tensor.shape)} has more than {_MOST_DIMS} dimensions"
+            )
         names.add(tensor.name)
         dims = tensor.shape[::-1]
         parts.append(_string(tensor.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))

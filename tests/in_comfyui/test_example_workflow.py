@@ -140,7 +140,7 @@ def test_a_style_is_trained_and_shows(server):
     (made,) = (server.output / "loras").glob("*.safetensors")
     assert made.name in server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
     (text,) = (o["text"][0] for o in history["outputs"].values() if "text" in o and "12 steps" in str(o["text"]))
-    assert "LoRA, rank 16, beside 40 layers" in text
+    assert "LoRA, rank 16, on 40 layers" in text
 
 
 def test_the_saved_picture_brings_its_workflow_back(server):

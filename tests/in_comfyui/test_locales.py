@@ -107,6 +107,22 @@ def test_each_node_has_its_help_page_in_chinese(pack):
         assert "|--" not in translated.read_text(encoding="utf-8"), "the panel of help pages cuts tables off"
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_each_help_page_names_all_inputs_and_outputs_and_shows_its_node(pack, language):
+    for name, node in english(pack).items():
+        page = WEB / "docs" / (f"{name}.md" if language == "en" else f"{name}/zh.md")
+        text = page.read_text(encoding="utf-8")
+        wanted = {*node["inputs"], *(output["name"] for output in node["outputs"].values())}
+        if name == "GraftLoraStack":  # of its rows the page names the inputs of the first
+            wanted = {key for key in wanted if not re.fullmatch(r"(?:enabled|lora|strength|when)_[2-8]", key)}
+        assert wanted - set(re.findall(r"`(\w+)`", text)) == set(), page
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert f"{name}.png" in pictures, page
+        # the front end looks for the pictures of a page in any language here
+        sizes = {picture: (WEB / "docs" / picture).stat().st_size for picture in pictures}
+        assert max(sizes.values()) <= 40_000, sizes
+
+
 def test_a_page_names_nodes_as_they_are_called(pack):
     """Or nobody finds them: nodes in a Chinese page have their Chinese names."""
     defs = read("zh", "nodeDefs.json")

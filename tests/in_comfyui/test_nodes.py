@@ -111,9 +111,9 @@ def test_the_stack_is_the_stock_loader_twice(sd3, loras, files, classes):  # noq
     layers = len({k for k in loras[0] if "lora_A" in k})
     assert report.splitlines() == [
         f"style.safetensors ×0.80: {layers}/{layers} layers, rank 8",
-        f"  native names; {layers} layers beside the packed weight",
+        f"  native names; {layers} layers next to the quantized weights",
         f"subject.safetensors ×-0.50: {layers}/{layers} layers, rank 20",
-        f"  kohya names; {layers} layers beside the packed weight",
+        f"  kohya names; {layers} layers next to the quantized weights",
     ]
     assert words == "in my style, soft light"
 
@@ -149,7 +149,7 @@ def test_parts_of_a_fused_layer_are_counted_as_the_file_has_them(sd3, folders, c
     comfy.utils.save_torch_file(lora, str(folders / "loras" / "qkv.safetensors"))
     report = classes["GraftLoraStack"]().apply(graft, lora_1="qkv.safetensors")["result"][2]
     assert report.splitlines() == [
-        "qkv.safetensors ×1.00: 3/3 layers, rank 8", "  diffusers names; 3 layers beside the packed weight",
+        "qkv.safetensors ×1.00: 3/3 layers, rank 8", "  diffusers names; 3 layers next to the quantized weights",
     ]  # fmt: skip
 
 
@@ -529,7 +529,7 @@ def test_inspect_says_which_way_each_layer_takes(sd3, loras, classes):  # noqa: 
     summary, adapters, way, *_ = text.splitlines()
     assert summary == graft.graft.summary
     assert adapters == f"lora, rank 8 ×0.80: {layers} layers"
-    assert way.startswith(f"{layers} layers beside the packed weight: diffusion_model.joint_blocks.")
+    assert way.startswith(f"{layers} layers next to the quantized weights: diffusion_model.joint_blocks.")
     assert shown["result"][0] == text
     assert "\nno adapters\n" in inspect_node.inspect(graft)["result"][0]
     assert "of another loader" in inspect_node.inspect(dense)["result"][0]
@@ -568,7 +568,7 @@ def test_inspect_says_why_a_layer_takes_another_way(sd3, classes):  # noqa: F811
     model.add_patches({(f"{key}.weight", None, torch.tanh): ("lora", (up, down, None, None, None, None))})
     _, _, way, *_ = classes["GraftInspect"]().inspect(model)["result"][0].splitlines()
     why = "its difference passes through a function of the host"
-    assert way == f"1 layer by the host's own merge on the decoded weight ({why}): {key}"
+    assert way == f"1 layer merged into a decoded copy of the weight ({why}): {key}"
 
 
 def test_a_changed_file_is_read_again(folders, classes, files):

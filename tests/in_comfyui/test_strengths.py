@@ -403,7 +403,7 @@ def test_the_nodes(pack, case, tmp_path):
         lora.GraftLoraStack().apply(graft, clip_strengths="1 = 0.5, 2: 1")
     assert lora._clip_strengths(" 1 = 0.5, 3=0,") == {1: 0.5, 3: 0.0}
     for course in strengths.COURSES:
-        with pytest.raises(Exception, match=r"the end, 0\.2, lies not behind the start, 0\.8: set end higher"):
+        with pytest.raises(Exception, match=r"set end higher than start: end is 0\.2, start is 0\.8"):
             strengths.strength_of(start=0.8, end=0.2, course=course)
     for wrong, why in (("0 = 1, 10 = 0", "count in shares of all steps"), ("0 = nan", "cannot be read"),
                        ("-0.1 = 1", "count in shares"), ("0.5", "cannot be read")):  # fmt: skip
