@@ -49,7 +49,7 @@ NOT_A_PHRASE = {
     r"^int8 (rows|spare|weight|sums|product)$|, empty$|^recipe|^\nrecipe": "names of memory, of a layer, a table",
     r" \| ": "choices and types",
     r"^7 at 7$|^7 s a step$": "stands in a picture, or within another",
-    r"^a red star on mint$|^Colours, shapes and grounds": "a prompt, and a tooltip",
+    r"^a red star on mint$|^The colours, shapes and grounds": "a prompt, and a tooltip",
     r"^(step |stopped by an error|\S+ after step |\S+: 7 steps, loss)": "shown while a node runs, or in a picture",
 }  # fmt: skip
 """Patterns of texts, each with the reason why no report and no error has them."""
@@ -97,11 +97,11 @@ WITHIN = {
     "the file is for another version of 7":
     "a: the file is for another version of Wan (0 of 7 layers match), such as x",
     "its names are not those of 7": "a: its names are not those of Wan (0 of 7 layers match), such as x",
-    "by the host's own merge on the decoded weight": "7 layers by the host's own merge on the decoded weight: x",
-    "beside the packed weight": "  kohya names; 7 layers beside the packed weight",
+    "merged into a decoded copy of the weight": "7 layers merged into a decoded copy of the weight: x",
+    "next to the quantized weights": "  kohya names; 7 layers next to the quantized weights",
     "patched by ComfyUI": "7 layers patched by ComfyUI",
-    "7 layers 7": "7 layers beside the packed weight",
-    "7 layers 7: 7": "7 layers beside the packed weight: x",
+    "7 layers 7": "7 layers next to the quantized weights",
+    "7 layers 7: 7": "7 layers next to the quantized weights: x",
     "rank 7": "a: DoRA, rank 7",
     "rank 7 to 7": "a: DoRA, rank 7 to 7",
     "by 7 7": "by share 0 = 1, by step 0 = 1, by sigma 0 = 1",
@@ -113,7 +113,6 @@ WITHIN = {
     "there is 7": "a is not there, there is b and c: choose that, or put a into the loras folder",
     "7 is not there, 7: choose that, or put 7 into 77":
     "a is not there, there is b: choose that, or put a into the vae folder",
-    "saved 7, 7 in 7 s": "saved a.gguf, 6.87 GB in 7 s",
     "change in what layers give, as calibrated": "lost by rank 7: 7% of the change in what layers give, as calibrated",
     "lost by rank 7: 7 of the 7": "lost by rank 7: 7% of the change",
     "7 pictures, 7 steps, 7": "7 pictures, 7 steps, 0.35 s a step",
@@ -195,7 +194,7 @@ OF_COMFYUI = {
 """Nodes that ComfyUI itself has under these names."""
 
 SAMPLES = {
-    **{"list": "[3, 4]", "tuple": "(3, 4)", "times": "3×4", "size": "7.5 GB"},
+    **{"list": "[3, 4]", "tuple": "(3, 4)", "times": "3×4", "size_text": "7.5 GB"},
     **{"layers": "7 layers", "in_words": "7 layers"},
 }
 """What functions give; of all else the sample is a number, which may stand for a name, too."""
