@@ -19,6 +19,7 @@ from graft.ops.files.lora import load_adapters
 INPUTS = {
     "gguf_reader": 10_000, "decodes": 3_000, "adapters": 3_000, "kinds": 2_000, "dialects": 2_000,
     "text_encoders": 2_000, "tokenizers": 3_000, "inspection": 2_000, "imatrix": 1_000,
+    "workflows": 3_000,
 }  # fmt: skip
 FOUND = sorted((Path(fuzz.__file__).parent / "findings").iterdir())
 F32, STRING, ARRAY, INT32 = 0, 8, 9, 5

@@ -11,7 +11,6 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT / "tools"]
@@ -61,13 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 def _swap(options: argparse.Namespace) -> None:
     if not options.dry_run and options.target is None:
         raise GraftError("name the file to write after the workflow, or add --dry-run")
-    source, data = Path(options.source), _read(Path(options.source))
+    data = workflows.read_workflow(Path(options.source))
     if options.target and not options.dry_run and Path(options.target).exists() and not options.overwrite:
         raise GraftError(f"the file is there already: add --overwrite, or choose another name ({options.target})")
     choose_for = _chooser(_folders(options), dict(_pair(text) for text in options.file), options.back)
-    done = _swapped(data, choose_for, options.back)
-    if done is None:
-        raise GraftError(f"this is no workflow of ComfyUI ({source})")
+    done = workflows.swapped(data, choose_for, VERSION, options.back)
     changed = sum(not swapped.left for swapped in done)
     for swapped in done:
         print("\n  ".join([f"node {swapped.node}, {swapped.kind}:", *(swapped.lines or ["changed"])]))
@@ -75,27 +72,6 @@ def _swap(options: argparse.Namespace) -> None:
     if not options.dry_run:
         text = json.dumps(data, ensure_ascii=False, indent=2)
         Path(options.target).write_text(text + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise GraftError(f"the workflow cannot be read: {error.strerror} ({path})") from error
-    except ValueError as error:
-        raise GraftError(f"this is no JSON: export the workflow from ComfyUI again ({path})") from error
-
-
-def _swapped(data: Any, choose_for: Callable[[str], workflows.Choose], back: bool) -> list[workflows.Swapped] | None:
-    """What became of each loader; None where the data is no workflow."""
-    prompt = workflows.prompt_of(data)
-    if prompt is not None:
-        return (workflows.use_theirs_in_prompt if back else workflows.use_ours_in_prompt)(prompt, choose_for)
-    if not isinstance(data, dict) or not isinstance(data.get("nodes"), list):
-        return None
-    done = (workflows.use_theirs if back else workflows.use_ours)(data, choose_for)
-    workflows.sign(data, VERSION)
-    return done
 
 
 def _chooser(folders: Sequence[Path], named: dict[str, str], back: bool) -> Callable[[str], workflows.Choose]:

@@ -43,7 +43,8 @@ def use_theirs_in_prompt(prompt: Json, choose_for: Callable[[str], Choose]) -> l
         report = Swapped(name, node["class_type"])
         was = meta.pop(WAS, None) or {"class_type": stock_for(node["class_type"], values), "inputs": {}}
         loader = loader_of(was["class_type"])
-        assert loader is not None
+        if loader is None:
+            raise ValueError(f"no loader is called {was['class_type']}")
         choose = choose_for(was["class_type"])
         inputs, known = dict(was["inputs"]), bool(was["inputs"])
         for theirs in loader.widgets:

@@ -140,7 +140,8 @@ def use_theirs(workflow: Json, choose_for: Callable[[str], Choose]) -> list[Swap
         report = Swapped(str(node["id"]), node["type"])
         was = (node.get("properties") or {}).get(WAS) or {"type": stock_for(node["type"], values)}
         loader = loader_of(was["type"])
-        assert loader is not None
+        if loader is None:
+            raise ValueError(f"no loader is called {was['type']}")
         choose = choose_for(was["type"])
         theirs = list(was.get("values") or [])
         # of a node that was saved without its last widgets, none is made up

@@ -20,6 +20,7 @@ sys.modules.setdefault("graft", package)
 
 TARGETS = (
     "gguf_reader", "decodes", "adapters", "kinds", "dialects", "text_encoders", "tokenizers", "inspection", "imatrix",
+    "workflows",
 )  # fmt: skip
 LENGTH = 512
 """Bytes of choices for an input; most take fewer."""
