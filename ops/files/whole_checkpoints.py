@@ -28,7 +28,10 @@ _NUMBERED = {
         "cond_stage_model.1.transformer.text_model.text_projection": "conditioner.embedders.1.model.text_projection",
         "cond_stage_model.1.transformer.": "conditioner.embedders.1.model.transformer.",
         "cond_stage_model.1.model.": "conditioner.embedders.1.model.",
+        "text_encoders.clip_l.transformer.": "conditioner.embedders.0.transformer.",
+        "text_encoders.clip_g.transformer.": "conditioner.embedders.1.model.transformer.",
     },
+    "cond_stage_model.": {"text_encoders.clip_l.transformer.": "cond_stage_model.transformer."},
 }
 
 _JOINED = re.compile(
@@ -54,8 +57,10 @@ def host_names(names: Mapping[str, object], encoder_prefix: str, vae_prefix: str
         encoder_prefix: under which the host looks for text encoders.
         vae_prefix: under which it looks for the VAE.
     """
-    several = any(name.startswith("cond_stage_model.1.") for name in names)
-    table = _NUMBERED.get(encoder_prefix) or (_NUMBERED["conditioner."] if several else {})
+    several = any(name.startswith(("cond_stage_model.1.", "text_encoders.clip_g.")) for name in names)
+    # hosts give the same prefix for SDXL
+    wanted = "conditioner." if several and encoder_prefix == "cond_stage_model." else encoder_prefix
+    table = _NUMBERED.get(wanted, {})
     prefixes = {**table, **dict.fromkeys(_VAES, vae_prefix)}
 
     def renamed(name: str) -> str:

@@ -8,6 +8,7 @@ import comfy.sd
 import folder_paths
 import gguf
 import nodes
+import numpy as np
 import pytest
 import torch
 from generation import WITHOUT_DYNAMIC, distance, forget, sample
@@ -111,7 +112,7 @@ CLIP_G = {
 }  # fmt: skip
 """From transformers' names, without the prefix, to those of SDXL's checkpoints."""
 
-FORMS = ("SD15", "SDXL", "SDXL with split queries", "SDXL with joined queries")
+FORMS = ("SD15", "SDXL", "SDXL with split queries", "SDXL with joined queries", "SDXL of parts with split queries")
 
 
 def parts_of(form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -140,7 +141,13 @@ def parts_of(form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             here = here.replace(old, new)
         state[f"conditioner.embedders.1.model.{here}"] = weight
         other[f"conditioner.embedders.1.model.{here}"] = f"cond_stage_model.1.transformer.{name}"
-    if "joined" in form:  # as of parts that were in files of their own
+    if "parts" in form:  # that were in files of their own
+        for name, called in other.items():
+            called = called.replace("cond_stage_model.1.", "text_encoders.clip_g.")
+            called = called.replace("text_model.text_projection", "text_projection")
+            other[name] = called.replace("cond_stage_model.", "text_encoders.clip_l.")
+            if called.endswith("text_projection"):
+                other[name] += ".weight"
         other |= {name: name.replace("first_stage_model.", "vae.") for name in state if "first_stage" in name}
     return state, {} if form == "SDXL" else other
 
@@ -150,11 +157,14 @@ def write_as_stable_diffusion_cpp(path: Path, state: dict[str, torch.Tensor], fo
     writer, dense = gguf.GGUFWriter(str(path), ""), {}
     for name, weight in state.items():
         kind = gguf.GGMLQuantizationType.F32 if weight.dim() < 2 else gguf.GGMLQuantizationType.F16
-        if weight.dim() == 2 and weight.shape[1] % 32 == 0 and "embedding" not in name:
+        other = "embedding" in name or "text_projection" in name
+        if weight.dim() == 2 and weight.shape[1] % 32 == 0 and not other:
             kind = gguf.GGMLQuantizationType.Q8_0
         data = encode(weight.float().numpy(), kind)
         dense[name] = torch.from_numpy(gguf.dequantize(data, kind).astype("float32").reshape(weight.shape))
         stored, parts = names.get(name, name), [data]
+        if stored.endswith("text_projection.weight"):  # of a Linear
+            parts = [np.ascontiguousarray(data.T)]
         if "split" in form and ".in_proj." in stored:
             parts = list(data.reshape(3, -1, *data.shape[1:]))
         for part, letter in zip(parts, "qkv", strict=False):
