@@ -133,7 +133,7 @@ def _write(family: Family, path: Path, pack: Any) -> tuple[Encoder, dict]:
         shapes = {name: shape for name, shape in llama_shapes(family.cls).items() if name.startswith("model.")}
         if family.cls == "Qwen3_8B":  # the one with a head of its own
             shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
-        file = write(path, family.arch, shapes, "Q8_0", metadata)
+        file = write(path, family.arch, shapes, "Q8_0", metadata, below=2048)
     if family.tokenizer == "tekken":
         rebuilt = pack("ops.files.tokenizers").tekken_model(pack("ops.files.gguf").open_gguf(path))
         tokenizer = {"tekken_model": samples.stored(rebuilt)}
@@ -201,7 +201,7 @@ def test_other_t5(name, pack, folder, monkeypatch):
             monkeypatch.setitem(text_encoders.T5, size, value)
     values = json.loads((Path(comfy.text_encoders.t5.__file__).parent / config).read_text())
     with small(**sizes), known_as_large(partial(comfy.text_encoders.t5.T5, values)) as taken_for:
-        file = write(folder / f"{name}.gguf", MODEL_ARCH.T5ENCODER, t5_shapes(config), "Q8_0", add)
+        file = write(folder / f"{name}.gguf", MODEL_ARCH.T5ENCODER, t5_shapes(config), "Q8_0", add, below=2048)
         got, want = load([str(file.path)], kind), dense_clip([file.dense | tokenizer], kind)
     assert set(taken_for) == {comfy.sd.TEModel[known_as]}
     assert furthest(encoded(got), encoded(want)) < 1e-5
@@ -237,7 +237,7 @@ def test_odd_files(name, pack, tmp_path):
         kind, known_as = family.types[0], family.known_as
     with small(**NARROW), known_as_large(build) as taken_for:
         shapes = t5_shapes(config) if of == "T5" else llama_shapes(family.cls)
-        file = write(tmp_path / "odd.gguf", arch, shapes, quant, **form)
+        file = write(tmp_path / "odd.gguf", arch, shapes, quant, below=2048, **form)
         got, want = load([str(file.path)], kind), dense_clip([file.dense], kind)
     assert set(taken_for) == {comfy.sd.TEModel[known_as]}
     assert furthest(encoded(got, WORDS), encoded(want, WORDS)) < 1e-5

@@ -230,13 +230,14 @@ def clip_weights(config: str, seed: int) -> dict[str, torch.Tensor]:
 def write(
     path: Path, arch: gguf.MODEL_ARCH, shapes: Mapping[str, tuple[int, ...]], type_name: str = "Q8_0",
     metadata: Callable[[gguf.GGUFWriter], None] = lambda writer: None, seed: int = 0, called: str | None = None,
-    host_names: bool = False, scaled: bool = False,
+    host_names: bool = False, scaled: bool = False, below: int = 1 << 14,
 ) -> Encoder:  # fmt: skip
     """Write seeded weights under gguf-py's names for them, in llama.cpp's layout.
 
     Args:
         called: what the file calls its architecture, if not as llama.cpp does.
         host_names: the names of transformers, for what is laid out as there.
+        below: so many numbers and fewer of a weight are not quantized.
         scaled: weights have scales in tensors beside them, as llama.cpp has NVFP4's.
     """
     names = gguf.get_tensor_name_map(arch, 48)
@@ -257,7 +258,7 @@ def write(
             shift = 1 if arch in _SHIFTED and name.endswith("norm.weight") and "linear_attn" not in name else 0
             if name.endswith("A_log"):
                 array = -np.exp(array)
-            quantized = (array.ndim == 2 or "experts" in name) and array.size >= 4096 and array.shape[-1] % 32 == 0
+            quantized = (array.ndim == 2 or "experts" in name) and array.size > below and array.shape[-1] % 32 == 0
             qtype = gguf.GGMLQuantizationType[type_name if quantized else "F32"]
             # a vocabulary repeats some rows, which is quick
             order = np.arange(len(array)) if len(array) <= FEW else rng.integers(0, FEW, len(array))
