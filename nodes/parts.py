@@ -24,6 +24,7 @@ from ..ops.files.completeness import missing_within
 from ..ops.files.contents import CONTROLNET, MODEL_PATCH, VAE, OtherKind, other_kind
 from ..ops.files.gguf import GGUFFile, describe, open_gguf
 from ..ops.files.scales import weights_of
+from ..ops.files.shapes import with_inputs_apart
 from ..ops.packed import PackedTensor
 from ..ops.report import examples
 from . import node
@@ -46,7 +47,7 @@ def load_vae(path: str) -> tuple[Any, str]:
         UnsupportedFormat: it is no VAE, or one that the host does not know.
     """
     file = _opened(path, VAE)
-    state = {name.removeprefix(_prefix_of(name)): weight for name, weight in _decoded(file).items()}
+    state = with_inputs_apart({name.removeprefix(_prefix_of(name)): w for name, w in _decoded(file).items()})
     vae = _made(lambda: comfy.sd.VAE(sd=state, metadata=file.metadata.texts()), path)
     if vae.first_stage_model is None:
         raise UnsupportedFormat(f"this ComfyUI does not know the VAE in this file: update ComfyUI ({path})")

@@ -21,6 +21,24 @@ NAMES = {
             ),
         },
     ),
+    "SDXL with joined queries": (
+        "cond_stage_model.",
+        {
+            "cond_stage_model.1.transformer.text_model.encoder.layers.7.self_attn.in_proj.bias": (
+                "conditioner.embedders.1.model.transformer.resblocks.7.attn.in_proj_bias"
+            ),
+        },
+    ),
+    "SD 1 of parts": (
+        "cond_stage_model.", {f"text_encoders.clip_l.transformer.{INNER}": f"cond_stage_model.transformer.{INNER}"}
+    ),
+    "SDXL of parts": (
+        "cond_stage_model.",
+        {
+            f"text_encoders.clip_l.transformer.{INNER}": f"conditioner.embedders.0.transformer.{INNER}",
+            f"text_encoders.clip_g.transformer.{INNER}": f"conditioner.embedders.1.model.transformer.{INNER}",
+        },
+    ),
     "SD 3": (
         "text_encoders.",
         {

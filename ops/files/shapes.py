@@ -3,6 +3,7 @@
 ggml has no dimension of 1 in front: what llama.cpp's tools have written again has ``[384]`` for ``[1, 384]``.
 stable-diffusion.cpp writes a Linear that was a convolution once as ``[C, C, 1, 1]``. The numbers and their order are
 the same, so whoever knows the model's own shape puts it back (`fitted`); at some hosts look before there is a model.
+Of a convolution over time, which has five dimensions, it makes the first two one, since ggml has four.
 """
 
 from __future__ import annotations
@@ -50,6 +51,18 @@ def with_leading_ones(state: State) -> dict[str, torch.Tensor]:
         if name in state and 0 < state[name].dim() < rank
     }
     return {**state, **put_back}
+
+
+def with_inputs_apart(state: State) -> dict[str, torch.Tensor]:
+    """`state` with ``[out · in, t, h, w]`` as ``[out, in, t, h, w]``: there are as many outputs as biases."""
+    apart = {}
+    for name, weight in state.items():
+        bias = state.get(f"{name.removesuffix('.weight')}.bias") if name.endswith(".weight") else None
+        if bias is None or weight.dim() != 4 or bias.dim() != 1 or not bias.numel():
+            continue
+        if bias.numel() < weight.shape[0] and weight.shape[0] % bias.numel() == 0:
+            apart[name] = weight.reshape(bias.numel(), -1, *weight.shape[1:])
+    return {**state, **apart}
 
 
 def other_ranks(state: State) -> Iterator[dict[str, torch.Tensor]]:

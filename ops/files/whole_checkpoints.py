@@ -1,12 +1,16 @@
 """Whole checkpoints in one GGUF file: a diffusion model, its text encoders and its VAE under their prefixes.
 
-stable-diffusion.cpp writes them so (its src/name_conversion.cpp): ``model.diffusion_model.``, ``first_stage_model.``,
-and for text encoders ``cond_stage_model.``, with a number behind it for the second and third, whatever the model;
-converters of checkpoints keep the names that these have. A host looks under prefixes that differ from model to model.
+stable-diffusion.cpp's `convert` keeps the names that a checkpoint has, and where it was given the parts in files of
+their own it calls them ``model.diffusion_model.``, ``text_encoders.clip_l.transformer.`` and ``vae.``. With
+``--convert-name``, and always in its older versions, text encoders are under ``cond_stage_model.``, with a number
+behind it for the second and third, whatever the model, and CLIP-G has transformers' names
+(src/name_conversion.cpp), with queries, keys and values in three tensors or in one. A host looks under prefixes that
+differ from model to model.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from .gguf import DIFFUSION_PREFIXES, GGUFFile, GGUFTensor
@@ -24,8 +28,16 @@ _NUMBERED = {
         "cond_stage_model.1.transformer.text_model.text_projection": "conditioner.embedders.1.model.text_projection",
         "cond_stage_model.1.transformer.": "conditioner.embedders.1.model.transformer.",
         "cond_stage_model.1.model.": "conditioner.embedders.1.model.",
+        "text_encoders.clip_l.transformer.": "conditioner.embedders.0.transformer.",
+        "text_encoders.clip_g.transformer.": "conditioner.embedders.1.model.transformer.",
     },
+    "cond_stage_model.": {"text_encoders.clip_l.transformer.": "cond_stage_model.transformer."},
 }
+
+_JOINED = re.compile(
+    r"^(conditioner\.embedders\.1\.model\.transformer)\.text_model\.encoder\.layers\.(\d+)\.self_attn\.in_proj\."
+)
+"""Queries, keys and values in one: hosts take them apart under OpenCLIP's name."""
 
 
 def other_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
@@ -45,13 +57,16 @@ def host_names(names: Mapping[str, object], encoder_prefix: str, vae_prefix: str
         encoder_prefix: under which the host looks for text encoders.
         vae_prefix: under which it looks for the VAE.
     """
-    several = any(name.startswith("cond_stage_model.1.") for name in names)
-    table = _NUMBERED.get(encoder_prefix) or (_NUMBERED["conditioner."] if several else {})
+    several = any(name.startswith(("cond_stage_model.1.", "text_encoders.clip_g.")) for name in names)
+    # hosts give the same prefix for SDXL
+    wanted = "conditioner." if several and encoder_prefix == "cond_stage_model." else encoder_prefix
+    table = _NUMBERED.get(wanted, {})
     prefixes = {**table, **dict.fromkeys(_VAES, vae_prefix)}
 
     def renamed(name: str) -> str:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        return prefixes[prefix] + name[len(prefix) :] if prefix else name
+        name = prefixes[prefix] + name[len(prefix) :] if prefix else name
+        return _JOINED.sub(r"\1.resblocks.\2.attn.in_proj_", name)
 
     return {name: renamed(name) for name in names}
 

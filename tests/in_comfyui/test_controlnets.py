@@ -1,19 +1,22 @@
-"""ControlNets that share layers with the model: they read its weights and must not meet bytes."""
+"""ControlNets from GGUF, and those that share layers with the model, which read its weights and must not meet bytes."""
 
 from __future__ import annotations
 
 import comfy.cldm.cldm
+import comfy.cldm.dit_embedder
 import comfy.controlnet
 import comfy.lora
 import comfy.model_management
 import comfy.ops
+import comfy.sd
+import folder_paths
 import nodes
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, META
 from generation import both_models, distance, fingerprint, sample, with_lora
 from loras import make_lora
-from small import SD3, loras, sd3  # noqa: F401  (fixtures)
+from small import SD3, drawn, loras, sd3, small_vae, write_part  # noqa: F401  (fixtures)
 
 TOLERANCE = 1e-5  # fp32 sums in another order
 
@@ -45,14 +48,62 @@ def control_lora(model) -> comfy.controlnet.ControlLora:
     return comfy.controlnet.ControlLora(weights)
 
 
-def controlled(model, architecture, control) -> torch.Tensor:
+def controlled(model, architecture, control, vae=None) -> torch.Tensor:
     g = torch.Generator().manual_seed(6)
     picture = torch.rand(1, 8 * architecture.latent[2], 8 * architecture.latent[3], 3, generator=g)
     positive, negative = architecture.conditioning(1), architecture.conditioning(2)
     apply = nodes.ControlNetApplyAdvanced().apply_controlnet
-    positive, negative = apply(positive, negative, control, picture, 1.0, 0.0, 1.0)
+    positive, negative = apply(positive, negative, control, picture, 1.0, 0.0, 1.0, vae)
     latent = {"samples": torch.zeros(architecture.latent)}
     return nodes.common_ksampler(model, 3, 1, 1.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+
+def sd15_controlnet() -> torch.nn.Module:
+    return comfy.cldm.cldm.ControlNet(
+        image_size=32, in_channels=4, hint_channels=3, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[1, 1], transformer_depth_middle=1, num_heads=8, use_spatial_transformer=True,
+        context_dim=768, legacy=False, **META,
+    )  # fmt: skip
+
+
+def sd35_controlnet() -> torch.nn.Module:
+    return comfy.cldm.dit_embedder.ControlNetEmbedder(
+        img_size=None, patch_size=2, in_chans=16, attention_head_dim=64, num_attention_heads=4, adm_in_channels=2048,
+        num_layers=2, main_model_double=4, double_y_emb=False, **META,
+    )  # fmt: skip
+
+
+def from_gguf(net: torch.nn.Module, prefix: str, folders, pack, patch) -> tuple:
+    """A ControlNet of seeded weights from GGUF, and the host's own on what that file stands for."""
+    state = {f"{prefix}{name}": weight for name, weight in drawn(net.state_dict(), seed=5).items()}
+    weights = write_part(folders / "control.gguf", state, pack)
+    paths, extensions = folder_paths.folder_names_and_paths["graft_controlnet_gguf"]
+    patch.setitem(
+        folder_paths.folder_names_and_paths, "graft_controlnet_gguf", ([str(folders), *paths], extensions)
+    )
+    (ours,) = nodes.NODE_CLASS_MAPPINGS["GraftControlNetLoader"]().load("control.gguf")["result"]
+    theirs = comfy.controlnet.load_controlnet_state_dict(dict(weights))
+    assert type(ours) is type(theirs)
+    got, want = (control.control_model.state_dict() for control in (ours, theirs))
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+    return ours, theirs
+
+
+def test_stable_diffusions_controlnet_from_gguf(unets, folders, pack, monkeypatch):
+    architecture, graft, dense = unets
+    ours, theirs = from_gguf(sd15_controlnet(), "control_model.", folders, pack, monkeypatch)
+    want = controlled(dense, architecture, theirs)
+    assert distance(controlled(graft, architecture, ours), want) < TOLERANCE
+    assert distance(sample(dense, architecture), want) > 0.01
+
+
+def test_sd35s_controlnet_from_gguf(sd3, folders, pack, monkeypatch):  # noqa: F811
+    """Which reads a picture through the VAE."""
+    ours, theirs = from_gguf(sd35_controlnet(), "", folders, pack, monkeypatch)
+    vae = comfy.sd.VAE(sd=small_vae())
+    want = controlled(sd3[1], SD3, theirs, vae)
+    assert distance(controlled(sd3[0], SD3, ours, vae), want) < TOLERANCE
+    assert distance(sample(sd3[1], SD3), want) > 0.01
 
 
 def test_a_control_lora_runs_on_the_models_own_weights(unets):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import inspect
 import sys
 import threading
 import types
@@ -41,29 +40,24 @@ from safetensors.torch import save_file
 from small import sd3  # noqa: F401  (fixture)
 from text_encoders import (
     LLAMA,
+    WORDS,
     clip_l_weights,
     clip_weights,
     dense_clip,
+    encoded,
+    furthest,
+    heads,
+    known_as_large,
     llama_shapes,
+    lora_error,
+    read_tokenizer_by_file,
     shapes_of,
     small,
     small_newer,
     t5_shapes,
+    with_vocabulary,
     write,
 )
-
-WORDS = "a (red:1.3) fox in the snow, oil on canvas"
-
-
-def encoded(clip: Any, text: str = WORDS, **tokenizer: Any) -> dict:
-    return clip.encode_from_tokens(clip.tokenize(text, **tokenizer), return_dict=True)
-
-
-def furthest(got: dict, want: dict) -> float:
-    """The largest distance of all that was encoded; what is zero for the host (a pooled output) has to be zero."""
-    assert got.keys() == want.keys() and "cond" in got
-    tensors = {key: value for key, value in want.items() if torch.is_tensor(value)}
-    return max(distance(got[key], value) if value.any() else float(got[key].any()) for key, value in tensors.items())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,30 +187,6 @@ def test_scheduled_loras(flux, lora):
     assert len(got) == len(want) == 2 and distance(want[0][0], want[1][0]) > 0.01
     for (cond, _), (expected, _) in zip(got, want, strict=True):
         assert distance(cond, expected) < 1e-4
-
-
-def lora_error(clips: tuple[Any, Any], encode: Any = lambda clip: encoded(clip)["cond"]) -> float:
-    """How far the effect of a LoRA on all matrices of a Graft CLIP is from what the host's merge has on its own."""
-    g, state, found = torch.Generator().manual_seed(11), {}, []
-    weights = clips[1].cond_stage_model.state_dict()
-    names = comfy.lora.model_lora_keys_clip(clips[1].cond_stage_model, {})
-    for name, key in names.items():
-        sees = any(part in key for part in ("visual.", "vision_model.", "multi_modal_projector."))
-        if name.startswith("text_encoders.") and weights[key].dim() == 2 and not sees:
-            rows, columns = weights[key].shape
-            state[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=g) / columns**0.5
-            state[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=g) / 8
-    assert len(state) > 20
-    with torch.no_grad():
-        for clip in clips:
-            branch = comfy.sd.load_lora_for_models(None, clip, state, 0, 0.7)[1]
-            comfy.model_management.load_models_gpu([branch.patcher])
-            changed = encode(branch)
-            comfy.model_management.load_models_gpu([clip.patcher])
-            found.append((changed, encode(clip)))
-    (got, base), (want, plain) = found
-    assert distance(want, plain) > 0.01, "the LoRA does nothing"
-    return distance(got - base, want - plain)
 
 
 def test_the_lora_stack_puts_them_on(flux, lora, sd3, folders, classes):  # noqa: F811
@@ -353,17 +323,8 @@ def test_a_file_that_llama_cpp_wrote_for_llama(folder, load, saved_again):
     llama = write(folder / "llama.gguf", MODEL_ARCH.LLAMA, shapes, "Q4_0", heads("llama"))
     got, want = load([str(llama.path)], "hidream"), dense_clip([llama.dense], "hidream")
     assert furthest(encoded(got), encoded(want)) < 1e-5
+    assert lora_error((got, want), lambda clip: encoded(clip)["conditioning_llama3"]) < 1e-4
     assert furthest(encoded(saved_again(got, "hidream")), encoded(got)) == 0
-
-
-def heads(arch: str, **sizes: int):
-    def add(writer: gguf.GGUFWriter) -> None:
-        known = LLAMA | sizes
-        writer.add_uint32(f"{arch}.attention.head_count", known["num_attention_heads"])
-        writer.add_uint32(f"{arch}.attention.head_count_kv", known["num_key_value_heads"])
-        writer.add_uint32(f"{arch}.embedding_length", known["hidden_size"])
-
-    return add
 
 
 QWEN = {"num_key_value_heads": 4, "head_dim": 128}  # 4 · 128 rows of keys, by which the host knows it
@@ -396,6 +357,7 @@ def test_it_sees_with_the_projector_beside_it(qwen, load, saved_again):
     picture = torch.rand(1, 56, 84, 3, generator=torch.Generator().manual_seed(1))
     assert furthest(encoded(got), encoded(want)) < 1e-5
     assert furthest(encoded(got, images=[picture]), encoded(want, images=[picture])) < 1e-5
+    assert lora_error((got, want)) < 1e-4
     assert "sees with Qwen2.5-VL-mmproj-F16.gguf" in got.cond_stage_model.graft.summary
     again = saved_again(got, "qwen_image", (str(vision.path),))
     assert furthest(encoded(again, images=[picture]), encoded(got, images=[picture])) == 0
@@ -556,18 +518,6 @@ def test_qwen3_5_reads_and_sees(folder, sizes, load, monkeypatch, saved_again):
     assert distance(*seen[:2]) < 1e-5 and distance(seen[2], seen[0]) < 1e-6
 
 
-def read_tokenizer_by_file(monkeypatch: Any, path: Path) -> None:
-    """Hosts hand Mistral's vocabulary to transformers, of which newer ones want the name of a file."""
-    mistral = pytest.importorskip("transformers.integrations.mistral", reason="this transformers has no Mistral 3")
-
-    def converted(data: torch.Tensor) -> dict:
-        path.write_bytes(data.numpy().tobytes())
-        return {"tokenizer_object": mistral.MistralConverter(vocab_file=str(path)).converted(), "legacy": False}
-
-    if "vocab" not in inspect.signature(mistral.MistralConverter).parameters:
-        monkeypatch.setattr("comfy.text_encoders.flux.load_mistral_tokenizer", converted)
-
-
 @pytest.mark.parametrize(
     ("name", "cls", "arch", "kind", "sizes"),
     [
@@ -591,16 +541,16 @@ def test_mistral_3(name, cls, arch, kind, sizes, pack, folder, load, saved_again
         heads(gguf.MODEL_ARCH_NAMES[arch])(writer)
         samples.add_tekken(writer, original)
 
-    with small(vocab_size=rows, **sizes):
+    large = partial(getattr(comfy.text_encoders.llama, cls), {})
+    with small(vocab_size=rows, **sizes), known_as_large(large) as taken_for:
         shapes = llama_shapes(cls)
         file = write(folder / f"{name}.gguf", arch, shapes, "Q8_0", metadata)
         rebuilt = pack("ops.files.tokenizers").tekken_model(pack("ops.files.gguf").open_gguf(file.path))
         tokenizer = {"tekken_model": samples.stored(rebuilt)}
-        # which the host knows by a width that a small one does not have
-        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state: comfy.sd.TEModel[name])
         want = dense_clip([file.dense | tokenizer], kind)
         got = load([str(file.path)], kind)
         again = saved_again(got, kind)
+    assert set(taken_for) == {comfy.sd.TEModel[name]}
     assert furthest(encoded(got), encoded(want)) < 1e-5 and lora_error((got, want)) < 1e-4
     assert furthest(encoded(again), encoded(got)) == 0 and again.tokenize(WORDS) == got.tokenize(WORDS)
 
@@ -700,11 +650,6 @@ def test_a_projector_that_no_encoder_sees_with(qwen, flux, load, folder):
     assert line in clip.cond_stage_model.graft.summary.splitlines()
 
 
-def with_vocabulary(shapes: dict[str, tuple], key: str, rows: int) -> dict[str, tuple]:
-    """As many rows as the tokenizer has tokens, which are other than the host declares."""
-    return shapes | {key: (rows, shapes[key][1])}
-
-
 def test_wan_reads_with_the_tokenizer_in_the_file(folder, load, saved_again):
     original = samples.train_umt5(byte_fallback=True)
     rows = samples.processor(original).vocab_size() + 28
@@ -723,6 +668,7 @@ def test_wan_reads_with_the_tokenizer_in_the_file(folder, load, saved_again):
     for sample in samples.TEXTS[:20]:
         assert again.tokenize(sample) == got.tokenize(sample), sample
     assert furthest(encoded(again, samples.TEXTS[3]), encoded(got, samples.TEXTS[3])) == 0
+    assert lora_error((got, want)) < 1e-4
     for kind in ("mochi", "stable_diffusion"):
         with pytest.raises(
             Exception, match=r"this text encoder is a UMT5, which ComfyUI reads only for Wan: choose wan"
@@ -801,7 +747,7 @@ def test_ltx_2_reads_through_a_text_projection(folder, load, monkeypatch, saved_
 
 
 def test_lumina_reads_with_the_tokenizer_in_the_file(gemma, saved_again):
-    assert furthest(*(encoded(clip, samples.TEXTS[1]) for clip in gemma)) < 1e-5
+    assert furthest(*(encoded(clip, samples.TEXTS[1]) for clip in gemma)) < 1e-5 and lora_error(gemma) < 1e-4
     again = saved_again(gemma[0], "lumina2")
     assert furthest(encoded(again, samples.TEXTS[1]), encoded(gemma[0], samples.TEXTS[1])) < 1e-6
 
@@ -829,34 +775,6 @@ def test_patches_of_the_vocabulary_change_what_it_writes(kind, gemma):
         written.append(branch.generate(branch.tokenize("the fox"), do_sample=False, max_length=8))
     base, got, want = written
     assert got == want != base
-
-
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [
-        ("Qwen3_4B", MODEL_ARCH.QWEN3), ("Qwen25_3B", MODEL_ARCH.QWEN2VL), ("Gemma3_4B", MODEL_ARCH.GEMMA3),
-        ("Mistral3Small24B", MODEL_ARCH.LLAMA), ("Ministral3_3B", MODEL_ARCH.MISTRAL3),
-    ],
-)  # fmt: skip
-def test_names_and_layouts_of_others(name, arch, pack, tmp_path):
-    """Too wide to be run here: all that the host's class has, and nothing else, with the weights that were written."""
-    if not hasattr(comfy.text_encoders.llama, name):
-        pytest.skip("this ComfyUI does not have it")
-    shapes = with_vocabulary(llama_shapes(name), "model.embed_tokens.weight", 700)
-
-    def metadata(writer: gguf.GGUFWriter) -> None:
-        heads(gguf.MODEL_ARCH_NAMES[arch])(writer)
-        if arch == MODEL_ARCH.GEMMA3:
-            samples.add_gemma(writer, samples.train_gemma(), 700)
-
-    file = write(tmp_path / "a.gguf", arch, shapes, "Q5_K", metadata)
-    state = pack("ops.files.text_encoders").text_encoder_tensors(pack("ops.files.gguf").open_gguf(file.path))
-    assert ("spiece_model" in state) == (arch == MODEL_ARCH.GEMMA3)
-    state.pop("spiece_model", None)
-    assert state.keys() == file.dense.keys() == shapes.keys()
-    for key, weight in state.items():
-        # a shift by 1 and back rounds to fp32
-        assert torch.allclose(weight.to(torch.float32), file.dense[key], rtol=0, atol=2**-23), key
 
 
 def test_fp8_files_beside_a_gguf(flux, load, folder, tmp_path):

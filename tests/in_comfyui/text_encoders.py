@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import comfy.clip_model
+import comfy.lora
+import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
@@ -21,8 +24,9 @@ import comfy.text_encoders.qwen_vl
 import comfy.text_encoders.t5
 import gguf
 import numpy as np
+import pytest
 import torch
-from generation import WITHOUT_DYNAMIC
+from generation import WITHOUT_DYNAMIC, distance
 from gguf_samples import encode
 
 LLAMA = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512}
@@ -43,6 +47,7 @@ ORIGINALS = {
 
 
 detect_te_model = comfy.sd.detect_te_model
+"""The host's own, whatever a test puts in its place."""
 
 
 def detect_small(state: Mapping[str, torch.Tensor]) -> Any:
@@ -56,11 +61,12 @@ def detect_small(state: Mapping[str, torch.Tensor]) -> Any:
 
 
 @contextmanager
-def small(clip_layers: int = 2, **sizes: int) -> Iterator[None]:
+def small(clip_layers: int = 2, clip_width: int = 0, **sizes: int) -> Iterator[None]:
     """Within this, the host's text encoders are a few million weights large; their code is the host's own.
 
     Args:
         clip_layers: of CLIP-L; CLIP-G is known by its 32, and is narrow instead.
+        clip_width: of both, with as many layers; 0 for their own.
         sizes: of Llama and its like others than those above; the vocabulary's is that of T5, too.
     """
     init_llama, init_t5, init_clip, init_vision = ORIGINALS.values()
@@ -75,8 +81,10 @@ def small(clip_layers: int = 2, **sizes: int) -> Iterator[None]:
         init_t5(self, config | T5 | vocabulary, *args, **kwargs)
 
     def small_clip(self: Any, config: dict, *args: Any, **kwargs: Any) -> None:
-        is_g = config["num_hidden_layers"] == 32
-        init_clip(self, config | (CLIP_G if is_g else {"num_hidden_layers": clip_layers}), *args, **kwargs)
+        narrow = {"hidden_size": clip_width, "intermediate_size": 2 * clip_width, "num_attention_heads": 2}
+        is_g = config["num_hidden_layers"] == 32 and not clip_width
+        sizes = CLIP_G if is_g else {"num_hidden_layers": clip_layers} | (narrow if clip_width else {})
+        init_clip(self, config | sizes, *args, **kwargs)
 
     def small_vision(self: Any, *args: Any, **kwargs: Any) -> None:
         init_vision(self, *args, **kwargs | VISION)
@@ -90,6 +98,55 @@ def small(clip_layers: int = 2, **sizes: int) -> Iterator[None]:
         yield
     finally:
         comfy.sd.detect_te_model = detect
+        for cls, init in zip(ORIGINALS, before, strict=True):
+            cls.__init__ = init
+
+
+@contextmanager
+def known_as_large(build: Callable[..., torch.nn.Module]) -> Iterator[list[Any]]:
+    """Within this the host's own `detect_te_model` sees a small text encoder as deep and as wide as the large one.
+
+    By these it tells kinds apart. The names are those that it was given, of all layers that the large one has.
+
+    Args:
+        build: makes the host's class, without `small`.
+
+    Yields:
+        what the host has taken the text encoders for.
+    """
+    with large():
+        real, taken_for = shapes_of(build), []
+
+    def detect(state: Mapping[str, torch.Tensor]) -> Any:
+        names = {_of_any_layer(name) for name in state}
+        wide = {
+            name: torch.empty(shape, device="meta")
+            for name, shape in real.items()
+            if _of_any_layer(name) in names
+        }
+        of_large = {_of_any_layer(name) for name in real}
+        others = {name: weight for name, weight in state.items() if _of_any_layer(name) not in of_large}
+        taken_for.append(detect_te_model(wide | others))
+        return taken_for[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.sd, "detect_te_model", detect)
+        yield taken_for
+
+
+def _of_any_layer(name: str) -> str:
+    return re.sub(r"\.(layers|block)\.\d+\.", r".\1.N.", name)
+
+
+@contextmanager
+def large() -> Iterator[None]:
+    """Within this, and within `small`, the host's text encoders are as large as they are."""
+    before = [cls.__init__ for cls in ORIGINALS]
+    for cls, init in ORIGINALS.items():
+        cls.__init__ = init
+    try:
+        yield
+    finally:
         for cls, init in zip(ORIGINALS, before, strict=True):
             cls.__init__ = init
 
@@ -176,11 +233,20 @@ def clip_l_weights(seed: int = 5) -> dict[str, torch.Tensor]:
 
 def write(
     path: Path, arch: gguf.MODEL_ARCH, shapes: Mapping[str, tuple[int, ...]], type_name: str = "Q8_0",
-    metadata: Callable[[gguf.GGUFWriter], None] = lambda writer: None, seed: int = 0,
+    metadata: Callable[[gguf.GGUFWriter], None] = lambda writer: None, seed: int = 0, called: str | None = None,
+    host_names: bool = False, scaled: bool = False, below: int = 1 << 14,
 ) -> Encoder:  # fmt: skip
-    """Write seeded weights under gguf-py's names for them, in llama.cpp's layout."""
+    """Write seeded weights under gguf-py's names for them, in llama.cpp's layout.
+
+    Args:
+        called: what the file calls its architecture, if not as llama.cpp does.
+        host_names: the names of transformers, for what is laid out as there.
+        below: so many numbers and fewer of a weight are not quantized.
+        scaled: weights have scales in tensors beside them, as llama.cpp has NVFP4's.
+    """
     names = gguf.get_tensor_name_map(arch, 48)
-    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch] if arch != gguf.MODEL_ARCH.MMPROJ else "clip")
+    usual = gguf.MODEL_ARCH_NAMES[arch] if arch != gguf.MODEL_ARCH.MMPROJ else "clip"
+    writer = gguf.GGUFWriter(str(path), usual if called is None else called)
     encoder, rng = Encoder(path), np.random.default_rng(seed)
     apart = any("merger.mlp" in name for name in shapes)  # queries, keys and values: of Qwen2-VL's projector
     interleaved = arch in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.MISTRAL3)
@@ -188,7 +254,7 @@ def write(
         weight = _weight(name, shape, rng)
         if arch == gguf.MODEL_ARCH.GEMMA4 and name.endswith("q_norm.weight"):
             weight /= math.sqrt(shape[0])  # its attention scales nothing, and a saturated one enlarges rounding
-        for part, rows in _parts(name, weight, names, apart):
+        for part, rows in [(name, ...)] if host_names else _parts(name, weight, names, apart):
             array = weight[rows]
             if interleaved and (heads := _heads(name)):
                 # from transformers' order of a head's rows to that of Meta's own files, as `LlamaModel.permute` does
@@ -196,13 +262,16 @@ def write(
             shift = 1 if arch in _SHIFTED and name.endswith("norm.weight") and "linear_attn" not in name else 0
             if name.endswith("A_log"):
                 array = -np.exp(array)
-            quantized = (array.ndim == 2 or "experts" in name) and array.size > 16384 and array.shape[-1] % 32 == 0
+            quantized = (array.ndim == 2 or "experts" in name) and array.size > below and array.shape[-1] % 32 == 0
             qtype = gguf.GGMLQuantizationType[type_name if quantized else "F32"]
             # a vocabulary repeats some rows, which is quick
             order = np.arange(len(array)) if len(array) <= FEW else rng.integers(0, FEW, len(array))
-            data = encode(np.ascontiguousarray(array[:FEW] + shift), qtype)
+            scale = np.float32(1 + len(encoder.dense) % 3 if scaled and quantized else 1)
+            data = encode(np.ascontiguousarray(array[:FEW] / scale + shift), qtype)
             writer.add_tensor(part, data[order], raw_dtype=qtype)
-            read = gguf.dequantize(data, qtype).reshape(array[:FEW].shape)[order] - shift
+            if scaled and quantized:
+                writer.add_tensor(f"{part.removesuffix('.weight')}.scale", np.array([scale]))
+            read = scale * gguf.dequantize(data, qtype).reshape(array[:FEW].shape)[order] - shift
             if interleaved and heads:
                 read = read.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
             weight[rows] = np.log(-read) if name.endswith("A_log") else read
@@ -290,3 +359,68 @@ def dense_clip(states: list[dict[str, torch.Tensor]], kind: str) -> Any:
         model_options={"dtype": torch.float32},
         **WITHOUT_DYNAMIC,
     )
+
+
+def heads(arch: str, **sizes: int):
+    def add(writer: gguf.GGUFWriter) -> None:
+        known = LLAMA | sizes
+        writer.add_uint32(f"{arch}.attention.head_count", known["num_attention_heads"])
+        writer.add_uint32(f"{arch}.attention.head_count_kv", known["num_key_value_heads"])
+        writer.add_uint32(f"{arch}.embedding_length", known["hidden_size"])
+
+    return add
+
+
+def with_vocabulary(shapes: dict[str, tuple], key: str, rows: int) -> dict[str, tuple]:
+    """As many rows as the tokenizer has tokens, which are other than the host declares."""
+    return shapes | {key: (rows, shapes[key][1])}
+
+
+def read_tokenizer_by_file(monkeypatch: Any, path: Path) -> None:
+    """Hosts hand Mistral's vocabulary to transformers, of which newer ones want the name of a file."""
+    mistral = pytest.importorskip("transformers.integrations.mistral", reason="this transformers has no Mistral 3")
+
+    def converted(data: torch.Tensor) -> dict:
+        path.write_bytes(data.numpy().tobytes())
+        return {"tokenizer_object": mistral.MistralConverter(vocab_file=str(path)).converted(), "legacy": False}
+
+    if "vocab" not in inspect.signature(mistral.MistralConverter).parameters:
+        monkeypatch.setattr("comfy.text_encoders.flux.load_mistral_tokenizer", converted)
+
+
+WORDS = "a (red:1.3) fox in the snow, oil on canvas"
+
+
+def encoded(clip: Any, text: str = WORDS, **tokenizer: Any) -> dict:
+    return clip.encode_from_tokens(clip.tokenize(text, **tokenizer), return_dict=True)
+
+
+def furthest(got: dict, want: dict) -> float:
+    """The largest distance of all that was encoded; what is zero for the host (a pooled output) has to be zero."""
+    assert got.keys() == want.keys() and "cond" in got
+    tensors = {key: value for key, value in want.items() if torch.is_tensor(value)}
+    return max(distance(got[key], value) if value.any() else float(got[key].any()) for key, value in tensors.items())
+
+
+def lora_error(clips: tuple[Any, Any], encode: Any = lambda clip: encoded(clip)["cond"]) -> float:
+    """How far the effect of a LoRA on all matrices of a Graft CLIP is from what the host's merge has on its own."""
+    g, state, found = torch.Generator().manual_seed(11), {}, []
+    weights = clips[1].cond_stage_model.state_dict()
+    names = comfy.lora.model_lora_keys_clip(clips[1].cond_stage_model, {})
+    for name, key in names.items():
+        sees = any(part in key for part in ("visual.", "vision_model.", "multi_modal_projector."))
+        if name.startswith("text_encoders.") and weights[key].dim() == 2 and not sees:
+            rows, columns = weights[key].shape
+            state[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=g) / columns**0.5
+            state[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=g) / 8
+    assert len(state) > 20
+    with torch.no_grad():
+        for clip in clips:
+            branch = comfy.sd.load_lora_for_models(None, clip, state, 0, 0.7)[1]
+            comfy.model_management.load_models_gpu([branch.patcher])
+            changed = encode(branch)
+            comfy.model_management.load_models_gpu([clip.patcher])
+            found.append((changed, encode(clip)))
+    (got, base), (want, plain) = found
+    assert distance(want, plain) > 0.01, "the LoRA does nothing"
+    return distance(got - base, want - plain)
