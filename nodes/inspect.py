@@ -14,7 +14,7 @@ import torch
 from ..ops import int8, overview
 from ..ops.adapters import Patch
 from ..ops.overview import Effects
-from ..ops.report import examples, layers, way_of
+from ..ops.report import examples, layers, size_text, way_of
 from ..ops.strengths import Strength
 from . import charts, node
 from .lora import rows_on, varying_on
@@ -97,7 +97,7 @@ def _layer_line(model: GraftPatcher, name: str) -> str:
     """``double_blocks.0.img_attn.qkv: Q4_K, 9216 × 3072, 15.9 MB; style.safetensors ×0.80``."""
     layer, patches = model.graft.layers[name], model.residuals.patches
     shape = " × ".join(map(str, layer.logical_shape))
-    size = overview.size(layer.weight.numel() * layer.weight.element_size())
+    size = size_text(layer.weight.numel() * layer.weight.element_size())
     on = dict.fromkeys(_label(p) for key in (f"{name}.weight", f"{name}.bias") for p in patches.get(key, ()))
     line = f"{name.removeprefix(overview.PREFIX)}: {layer.fmt.name if layer.fmt else 'empty'}, {shape}, {size}"
     return "; ".join([line, *on])

@@ -14,7 +14,7 @@ FOLDER = ROOT / "tests" / "in_comfyui"
 # large models, compilers and servers have a process to themselves; the others share one, since ComfyUI takes its time
 ALONE = ("test_adapter_models", "test_churn", "test_compile", "test_example_workflow", "test_generate", "test_server")
 DYNAMIC = "dynamic VRAM"
-LONG = ("test_train", "test_train_architectures")
+LONG = ("test_text_encoder_families", "test_train", "test_train_architectures")
 """Among the others, but as long as they are."""
 DYNAMICALLY = (
     "test_dynamic_vram", "test_merging", "test_isolation", "test_nodes", "test_controlnets", "test_text_encoders",
@@ -37,6 +37,8 @@ def hosts_of(suite: str) -> list[Host]:
     if suite == "test_churn" and not EVERYTHING:
         return HOSTS[-2:]
     if suite in ("test_adapter_models", "test_generate", "test_compile") and not EVERYTHING:
+        return HOSTS[-1:]
+    if suite == "test_example_workflow" and not EVERYTHING:
         return [host for host in HOSTS if host in (HOSTS[0], HOSTS[-1])]
     return HOSTS
 

@@ -80,6 +80,8 @@ class Page:
     def _hear(self, kind: str, text: str, where: str) -> None:
         if where.startswith("https://"):  # newer front ends ask the registry for packs, and nothing is online
             return
+        if text.startswith("PromptExecutionError: Prompt execution failed"):  # a test's; we are in its stack of calls
+            return
         if "/userdata?dir=" in where:  # a folder of the user's that is not there yet is a 404 to the host
             return
         if kind in ("error", "warning") and "graft" in (text + where).lower():
@@ -1011,6 +1013,8 @@ def wait_for_words(page: Page, words: str) -> None:
 
 def test_errors_are_in_chinese_where_comfyui_is(page: Page) -> None:
     """Those of ours, of a run and of a prompt that is refused; what a stock node says stays as it is."""
+    if (page.server.host, page.vue) not in ((comfyui_hosts()[0].name, False), (comfyui_hosts()[-1].name, True)):
+        pytest.skip("in the oldest front end and the newest")
     mode = "vue" if page.vue else "canvas"
     models = page.server.output.parent / "models" / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)

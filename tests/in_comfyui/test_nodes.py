@@ -328,7 +328,7 @@ def test_text_encoder_layers_go_to_the_clip(sd3, loras, folders, classes):  # no
     assert torch.equal(sample(model, SD3), sample(with_lora(graft, loras[0], 1.0), SD3))
     again = node.apply(model, patched, lora_stack=stack)["result"]
     assert again[0] is model and again[4] is patched
-    assert "need a CLIP" in node.apply(graft, lora_1="both.safetensors")["result"][2]
+    assert "connect a CLIP" in node.apply(graft, lora_1="both.safetensors")["result"][2]
 
 
 @pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="this ComfyUI has no such node")

@@ -105,7 +105,7 @@ def test_a_style_is_learnt_and_the_model_is_as_it_was(pack, demo, latents, promp
     assert demo.training is None and not demo.residuals and "forward" not in vars(demo.model.diffusion_model.blocks[0])
     assert comfy.model_management.in_training is False if hasattr(comfy.model_management, "in_training") else True
     assert plot.shape[0] == 1 and plot.shape[3] == 3 and plot.min() >= 0 and plot.max() <= 1 and plot.std() > 0.01
-    assert "beside" in report and path in report
+    assert "on 40 layers" in report and path in report
 
 
 def test_the_file_is_what_was_learnt(pack, demo, latents, prompts, output):
