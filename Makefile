@@ -1,10 +1,11 @@
 # Each of these sets itself up first: a .venv beside this file, made anew when the requirements change.
-# PYTHON names the Python for it (3.10 to 3.13), JOBS the number of test processes, ARGS what to pass on.
+# PYTHON names the Python for it (3.10 to 3.13), JOBS the number of test processes (three keep
+# two cores busy: pages and servers mostly wait), ARGS what to pass on.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$p && break; done)
-JOBS ?= 2
+JOBS ?= 3
 ARGS ?=
 
 PY := .venv/bin/python
@@ -34,7 +35,7 @@ check: $(READY)  ## ruff, mypy, and who may import whom
 fuzz: $(READY)  ## hostile files and adapters, 20,000 of each kind; ARGS="gguf_reader --inputs 2000000", or --help
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz $(ARGS)
 
-hosts: $(READY)  ## every suite in every ComfyUI (COMFYUI_PATH); `make test` leaves a few to the oldest and the newest
+hosts: $(READY)  ## every suite in every ComfyUI (COMFYUI_PATH); `make test` leaves the longest to some
 	GRAFT_EVERY_HOST=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/test_comfyui.py $(ARGS)
 
 company: $(READY)  ## beside other packs (COMFYUI_PEERS), each alone and all together, in every ComfyUI
