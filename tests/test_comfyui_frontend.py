@@ -890,14 +890,19 @@ def texts_in(picture: Path) -> dict[str, str]:
     return found
 
 
-def test_a_picture_from_another_version_and_other_folders_runs_here(
-    page: Page, browser: Any, servers: Callable[[Host], Server]
-) -> None:
+def at_the_other_end(page: Page, browser: Any, servers: Callable[[Host], Server]) -> Page:
+    """A page of the newest ComfyUI where this one is of the oldest, and the other way round."""
     hosts = comfyui_hosts()
     ends = {hosts[0].name: hosts[-1], hosts[-1].name: hosts[0]}
     if page.vue or len(ends) < 2 or page.server.host not in ends:
         pytest.skip("the oldest and the newest front end, one way and the other")
-    there = Page(browser.new_page(), servers(ends[page.server.host]), vue=False)
+    return Page(browser.new_page(), servers(ends[page.server.host]), vue=False)
+
+
+def test_a_picture_from_another_version_and_other_folders_runs_here(
+    page: Page, browser: Any, servers: Callable[[Host], Server]
+) -> None:
+    there = at_the_other_end(page, browser, servers)
     host = page.server.host  # the servers have files of both ways
     names = {
         there.server: (f"Flux/{host}-8.gguf", f"a/{host} Style.safetensors"),
@@ -1053,11 +1058,7 @@ def test_files_with_other_names_are_found_by_what_they_are(
     page: Page, browser: Any, servers: Callable[[Host], Server]
 ) -> None:
     """By their SHA-256, which is in a picture from another version; one that nobody has is told with all that helps."""
-    hosts = comfyui_hosts()
-    ends = {hosts[0].name: hosts[-1], hosts[-1].name: hosts[0]}
-    if page.vue or len(ends) < 2 or page.server.host not in ends:
-        pytest.skip("the oldest and the newest front end, one way and the other")
-    there = Page(browser.new_page(), servers(ends[page.server.host]), vue=False)
+    there = at_the_other_end(page, browser, servers)
     models = there.server.output.parent / "models"
     own = f"of {page.server.host}"  # the servers have files of both ways
     names = {"diffusion_models": ("Q8_0.gguf", f"{own}/a.gguf"), "loras": ("neon.safetensors", f"{own}.safetensors")}
