@@ -388,7 +388,6 @@ class Number(float):
         return number
 
 
-
 _numbers = itertools.count()
 _known: weakref.WeakValueDictionary[int, RowStrengths] = weakref.WeakValueDictionary()
 """By the number that stands for them in a traced graph, where a new one is another input and no other graph."""

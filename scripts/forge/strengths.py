@@ -17,7 +17,7 @@ import torch
 from ...kernels import AdapterError
 from ...ops.places import Architecture, patch_of, picture_of
 from ...ops.regions import regions
-from ...ops.strengths import Blocks, Call, Curve, Strength
+from ...ops.strengths import Blocks, Call, Curve, Number, Strength
 
 ARGUMENTS = ("start", "end", "region", "feather", "blocks")
 REGIONS = {
@@ -33,22 +33,20 @@ REGIONS = {
 _PATCHES = {"Flux": 2}  # where Forge master keeps its models' patch size to itself
 
 
-class Told(float):
+class Told(Number):
     """A LoRA's strength, and where and when it works.
 
     Its `repr` is what Forge tells lists of LoRAs apart by, so that another region is another list.
 
     Attributes:
-        when: what the strength is multiplied with.
         text: as it stands in the prompt.
     """
 
-    when: Strength
     text: str
 
     def __new__(cls, value: float, when: Strength, text: str) -> Told:
-        told = super().__new__(cls, value)
-        told.when, told.text = when, text
+        told = super().__new__(cls, value, when)
+        told.text = text
         return told
 
     def __repr__(self) -> str:
