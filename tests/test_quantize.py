@@ -10,9 +10,6 @@ from graft.kernels import CorruptFile, GraftError, UnsupportedFormat, by_name, c
 from graft.ops.quantize import cannot_write, needs_importance, quantize
 from oracle import QUANTIZED
 
-SLOW = ("IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")
-"""libgguf takes many seconds to make their tables."""
-
 
 def _weight(rows: int = 3, columns: int = 512, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -22,7 +19,7 @@ def _importance(columns: int = 512, seed: int = 1) -> torch.Tensor:
     return torch.rand(columns, generator=torch.Generator().manual_seed(seed)) + 0.01
 
 
-@pytest.mark.parametrize("fmt", [f for f in QUANTIZED if f.name not in SLOW], ids=str)
+@pytest.mark.parametrize("fmt", QUANTIZED, ids=str)
 @pytest.mark.parametrize("with_importance", [False, True], ids=["alike", "weighed"])
 def test_bytes_are_those_of_libgguf(fmt, with_importance, monkeypatch):
     if needs_importance(fmt) and not with_importance:
