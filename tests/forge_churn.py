@@ -23,7 +23,7 @@ WHEN = (
     ":blocks=double=0.5, single=0",
 )  # fmt: skip
 OFF = {"override_settings": {"graft_mode": "off"}}
-KEPT = {"Blocks", "Curve", "Strength", "Picture", "Fate", "FileReport", "Choice"}
+KEPT = {"Blocks", "Rule", "Curve", "Strength", "Picture", "Fate", "FileReport", "Choice"}
 """Classes of what Graft keeps of what it has seen: at most 64 strengths, one report a file, one decode a type."""
 _PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
