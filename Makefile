@@ -23,9 +23,11 @@ help:  ## what there is to make
 demo: $(READY)  ## a contact sheet of the demo model and a table: demo.png
 	$(PY) benchmarks/demo.py $(ARGS)
 
-# worksteal hands out long stretches, so that mostly one Forge serves its tests, and evens out at the end
+# one process runs all tests of a running host, which starts once (tests/conftest.py), and what takes longest comes first
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
 test: $(READY)  ## all tests; those that need a GPU or a host say so where there is none
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(READY)  ## ruff, mypy, and who may import whom
 	$(PY) -m ruff check .
@@ -35,8 +37,8 @@ check: $(READY)  ## ruff, mypy, and who may import whom
 fuzz: $(READY)  ## hostile files and adapters, 20,000 of each kind; ARGS="gguf_reader --inputs 2000000", or --help
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz $(ARGS)
 
-hosts: $(READY)  ## every suite in every ComfyUI (COMFYUI_PATH); `make test` leaves the longest to some
-	GRAFT_EVERY_HOST=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/test_comfyui.py $(ARGS)
+hosts: $(READY)  ## every suite and every page in every ComfyUI (COMFYUI_PATH); `make test` leaves the longest to some
+	GRAFT_EVERY_HOST=1 $(PYTEST) tests/test_comfyui.py tests/test_comfyui_frontend.py $(ARGS)
 
 company: $(READY)  ## beside other packs (COMFYUI_PEERS), each alone and all together, in every ComfyUI
 	GRAFT_EVERY_HOST=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -s tests/test_company.py tests/test_distributed.py $(ARGS)

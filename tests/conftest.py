@@ -94,8 +94,33 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     return (yield from _once_a_host(item))
 
 
+SCATTERED = ("test_comfyui", "test_demo", "test_expressions", "test_triton_compile", "test_triton_linear")
+"""Files whose tests take long and have nothing in common."""
+RUNNING = ("server", "page", "forge")
+"""Parameters that stand for a running host."""
+
+
+def _group(item: pytest.Item) -> str | None:
+    """Whose tests one process runs, one after the other: a running host's, else a file's; None where it may be any."""
+    name = Path(item.location[0]).stem
+    if name in SCATTERED:
+        return None
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    of = next((parameters[key] for key in RUNNING if key in parameters), None)
+    host = of[0] if isinstance(of, tuple) else of  # a page is a host and a front end
+    return f"{name} {getattr(host, 'name', '')}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for."""
+    """What takes longest comes first; the tests of a running host stay together.
+
+    Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("host") is None)
+    for item in items:
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return
     for item in items:

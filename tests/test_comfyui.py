@@ -15,13 +15,16 @@ FOLDER = ROOT / "tests" / "in_comfyui"
 ALONE = ("test_adapter_models", "test_churn", "test_compile", "test_example_workflow", "test_generate", "test_server")
 DYNAMIC = "dynamic VRAM"
 LONG = ("test_text_encoder_families", "test_train", "test_train_architectures")
-"""Among the others, but as long as they are."""
+"""As long as the others together: in the newest host only."""
+ENDS = ("test_checkpoints", "test_save", "test_save_lora", "test_strengths", "test_text_encoders")
+"""The longest of the others: in the oldest host and in the newest."""
 DYNAMICALLY = (
     "test_dynamic_vram", "test_merging", "test_isolation", "test_nodes", "test_controlnets", "test_text_encoders",
 )  # fmt: skip
 # the long ones first, so that no process is left with one of them at the end
 SUITES = {
-    "others": sorted(p for p in FOLDER.glob("test_*.py") if p.stem not in (*ALONE, "test_dynamic_vram")),
+    "others": sorted(p for p in FOLDER.glob("test_*.py") if p.stem not in (*ALONE, *LONG, "test_dynamic_vram")),
+    "long": [FOLDER / f"{name}.py" for name in LONG],
     # played without a GPU, on hosts that have it
     DYNAMIC: [FOLDER / f"{name}.py" for name in DYNAMICALLY],
     **{name: [FOLDER / f"{name}.py"] for name in ALONE},
@@ -31,16 +34,12 @@ EVERYTHING = bool(os.environ.get("GRAFT_EVERY_HOST"))
 
 
 def hosts_of(suite: str) -> list[Host]:
-    if suite == DYNAMIC:
-        able = [host for host in HOSTS if host.has_dynamic_vram]
-        return able if EVERYTHING else able[-1:]
-    if suite == "test_churn" and not EVERYTHING:
-        return HOSTS[-2:]
-    if suite in ("test_adapter_models", "test_generate", "test_compile") and not EVERYTHING:
-        return HOSTS[-1:]
-    if suite == "test_example_workflow" and not EVERYTHING:
-        return [host for host in HOSTS if host in (HOSTS[0], HOSTS[-1])]
-    return HOSTS
+    able = [host for host in HOSTS if host.has_dynamic_vram] if suite == DYNAMIC else HOSTS
+    if EVERYTHING or suite in ("others", "test_server"):
+        return able
+    if suite == "test_example_workflow":
+        return [able[0], able[-1]] if len(able) > 1 else able
+    return able[-2:] if suite == "test_churn" else able[-1:]
 
 
 RUNS = [(host, suite) for suite in SUITES for host in hosts_of(suite)]
@@ -56,8 +55,8 @@ def test_a_comfyui_is_installed() -> None:
 @pytest.mark.parametrize(("host", "suite"), RUNS, ids=[f"{host.name}-{suite}" for host, suite in RUNS])
 def test_in_comfyui(host: Host, suite: str) -> None:
     here = str(FOLDER)
-    in_all = EVERYTHING or host is HOSTS[-1]
-    files = [str(path) for path in SUITES[suite] if in_all or path.stem not in LONG]
+    with_ends = EVERYTHING or host in (HOSTS[0], HOSTS[-1])
+    files = [str(path) for path in SUITES[suite] if with_ends or path.stem not in ENDS]
     ran = host.run(
         "-m", "pytest", *files, "--import-mode=importlib", "-q", "-x", "-rsfE", "--show-capture=no",
         "-p", "no:cacheprovider", "--rootdir", here, "--confcutdir", here, "-c", "/dev/null",
