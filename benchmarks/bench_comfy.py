@@ -44,8 +44,8 @@ VARIANTS = {
     "peer bf16": "auto",
     "graft": "auto",
     "graft bf16": "bf16",
-    "graft int8": "int8",
-    "graft int8 fp32": "int8",
+    "graft int8": "int8_all",
+    "graft int8 fp32": "int8_all",
 }
 # where nothing else is said
 USUAL = ("peer", "graft", "graft bf16", "graft int8")

@@ -36,7 +36,7 @@ RANK = 32
 STYLES = ("neon", "blueprint", "linocut")
 PROMPTS = ("a red star and a blue ring on mint", "a pink heart on cream", "a yellow star on sky")
 # the demo's layers are 256 wide
-SMALL = Rule(columns=256, rows=256)
+SMALL = Rule(columns=256, rows=256, finer=frozenset())
 
 
 def packed(weights: np.ndarray, type_name: str) -> torch.Tensor:
@@ -134,7 +134,7 @@ def drawn(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="+", default=["Q4_K", "Q8_0"])
+    parser.add_argument("--types", nargs="+", default=["Q4_K", "Q6_K", "Q8_0"])
     parser.add_argument("--rows", nargs="+", type=int, default=[128, 256, 384, 1152, 4608])
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--cpu-time", action="store_true")

@@ -23,7 +23,7 @@ from ..ops.files.completeness import missing_parts, missing_within, stray_block
 from ..ops.files.gguf import GGUFFile, describe, diffusion_tensors, module_tensors, open_gguf
 from ..ops.files.scales import weights_of
 from ..ops.files.shapes import mismatches, other_ranks, refitted, with_leading_ones
-from ..ops.int8 import count, named, use_int8
+from ..ops.int8 import FINER, RULES, Rule, count, kept_finer, named, use_int8
 from ..ops.layers import EmbeddingMath, PackedLayer, packed_layers, unpack_leftovers
 from ..ops.make import origin_of
 from ..ops.packed import convert_rows
@@ -51,7 +51,9 @@ HOME = "the diffusion_models folder"
 _READS_METADATA = "metadata" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
 """Whether the host's own loader hands on what a safetensors file says of itself: the ``config`` of LTXV and Wan."""
 
-COMPUTE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": None}
+COMPUTE_DTYPES = {
+    "auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, **dict.fromkeys(RULES),
+}  # fmt: skip
 """What a model computes in; None is the host's choice, and with int8 see `_dtype_of`."""
 
 COMPUTE_DTYPE = (
@@ -59,7 +61,8 @@ COMPUTE_DTYPE = (
     {
         "default": "auto",
         "tooltip": "Precision of the computation. auto takes what ComfyUI chooses. int8 makes large layers faster and "
-        "about 1 % less precise; LoRAs keep their full precision.",
+        "about 1 % less precise; LoRAs keep their full precision. int8 leaves Q8_0 as it is, because Q8_0 is more precise. "
+        "int8_all makes Q8_0 faster, too.",
     },
 )
 """An input of the loaders of diffusion models."""
@@ -83,8 +86,8 @@ def load_diffusion_model(
 
     Args:
         path: the file.
-        compute_dtype: ``auto`` (what the host chooses for the device), ``bf16``, ``fp16``, ``fp32`` or ``int8``: that
-            choice, with int8 products in large layers (`ops/int8.py`) where they are faster.
+        compute_dtype: ``auto`` (what the host chooses for the device), ``bf16``, ``fp16``, ``fp32``, ``int8`` or
+            ``int8_all``: that choice, with int8 products in large layers (`ops/int8.py`) where they are faster.
         backend: ``auto``, ``triton``, ``cpu`` or ``torch``.
         disable_dynamic: the host's wish for a patcher without dynamic VRAM.
         module: a second file, of what is added to the model: VACE, or LTX-2's connectors.
@@ -123,7 +126,7 @@ def load_diffusion_model(
         patcher.model.manual_cast_dtype = dtype
     unpack_leftovers(patcher.model, _declared_dtype)
     _answer_questions(patcher.model)
-    in_int8 = _take_int8(patcher) if compute_dtype == "int8" else ""
+    in_int8 = _take_int8(patcher, RULES[compute_dtype]) if compute_dtype in RULES else ""
     files = [file] if added is None else [file, added]
     lacking += "" if added is None else f" · with {added.path.name}"
     patcher.model.graft = Graft(patcher.model, _summary(file, patcher, choice, in_int8) + lacking, backend, files)
@@ -142,7 +145,7 @@ def _dtype_of(compute_dtype: str, device: torch.device) -> torch.dtype | None:
     bf16, and takes part where it is faster than that.
     """
     is_native = device.type == "cpu" and kernels.has_fast_bf16()
-    if compute_dtype == "int8" and is_native and int8.unavailable(device) is None:
+    if compute_dtype in RULES and is_native and int8.unavailable(device) is None:
         return torch.bfloat16
     return COMPUTE_DTYPES[compute_dtype]
 
@@ -244,8 +247,8 @@ def _answer_questions(model: torch.nn.Module) -> None:
             layer.dtype = dtype_of(layer)
 
 
-def _take_int8(patcher: Any) -> str:
-    """Have large layers multiply in int8, where that is faster.
+def _take_int8(patcher: Any, rule: Rule) -> str:
+    """Have large layers multiply in int8, where that is faster and the rule lets them.
 
     Returns:
         for the report, how many do, or why none does.
@@ -254,8 +257,9 @@ def _take_int8(patcher: Any) -> str:
     if reason is not None:
         return f"int8 is not used: {reason}"
     found = packed_layers(patcher.model)
-    use_int8(found, named())
-    return f"int8 in {in_words(count(found))}"
+    use_int8(found, named(), rule)
+    finer = kept_finer(found)
+    return f"int8 in {in_words(count(found))}" + (f" ({in_words(finer)} {FINER})" if finer else "")
 
 
 def _warm(patcher: Any, device: torch.device) -> None:

@@ -6,12 +6,13 @@ import copy
 import math
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from graft.kernels import AdapterError, UnsupportedFormat, by_name, dequantize, int8
-from graft.ops.int8 import Rule, use_int8
+from graft.ops.int8 import FINER, RULES
 from graft.scripts.forge import layout, session
 from graft.scripts.forge.engine import Engine, Settings
 from graft.scripts.forge.host import Host
@@ -246,8 +247,9 @@ def test_what_is_not_ours_is_added_as_the_caller_asks() -> None:
 
 @pytest.mark.skipif(int8.unavailable(torch.device("cpu")) is not None, reason="no int8 products on this processor")
 def test_int8_in_a_diffusion_model_and_nowhere_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = Rule(columns=COLUMNS, rows=ROWS)
-    monkeypatch.setattr("graft.scripts.forge.engine.use_int8", lambda found, names: use_int8(found, names, rule))
+    small = {choice: replace(rule, columns=COLUMNS, rows=ROWS) for choice, rule in RULES.items()}
+    small["int8"] = replace(small["int8"], finer=frozenset(["Q4_K"]))
+    monkeypatch.setattr("graft.scripts.forge.engine.RULES", small)
     monkeypatch.setattr(int8, "LEAST_ROWS", 3)
     encoder, model, x = model_for(engine), model_for(engine), activations()
     model.diffusion_model = nn.Module()
@@ -261,7 +263,7 @@ def test_int8_in_a_diffusion_model_and_nowhere_else(engine: Engine, monkeypatch:
         with_loras(engine, model, {"diffusion_model.blocks.0.linear.weight": whole}, 0.5),
     ]
     usual = linear(x)
-    engine.configure(Settings(dtype="int8"))
+    engine.configure(Settings(dtype="int8_all"))
     objects = types.SimpleNamespace(unet=patchers[1], clip=types.SimpleNamespace(patcher=patchers[0]))
     checkpoint = types.SimpleNamespace(forge_objects=objects)
     device = torch.device("cpu")
@@ -273,6 +275,11 @@ def test_int8_in_a_diffusion_model_and_nowhere_else(engine: Engine, monkeypatch:
     engine.host.patcher(model).patch_model()
     base = torch.nn.functional.linear(x, delta(whole))
     assert close(got - linear(x), 0.5 * base)  # the LoRA itself is not rounded
+    engine.configure(Settings(dtype="int8"))
+    with_loras(engine, model, {"diffusion_model.blocks.0.linear.weight": whole}, 0.5)
+    assert torch.equal(linear(x), usual)
+    ((_, told),) = session.int8_of(engine, checkpoint, device)
+    assert told.endswith(f"; 1 layer not in int8 ({FINER}): diffusion_model.blocks.0.linear")
     engine.configure(Settings())
     assert session.int8_of(engine, checkpoint, device) == []
     with_loras(engine, model, {"diffusion_model.blocks.0.linear.weight": whole}, 0.5)

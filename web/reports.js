@@ -34,6 +34,8 @@ export const ZH = [
   ],
   [/ \(compute_dtype (\w+) is faster on this processor\)/g, "（在这个处理器上 “计算精度”选 $1 更快）"],
   [/int8 is not used: /g, "没有使用 int8："],
+  [/\((\d+) layers? more exact than int8; int8_all takes them, too\)/g, "（$1 层比 int8 更精确；选 int8_all 可以包括它们）"],
+  [/\(more exact than int8; int8_all takes them, too\)/g, "（比 int8 更精确；选 int8_all 可以包括它们）"],
   [/this processor is faster in bf16 \(AMX\): choose bf16/g, "这个处理器用 bf16 更快（AMX）：请选 bf16"],
   [/\bint8 in (\d+) layers?/g, "$1 层用 int8"],
   [/(\d+) layers? in int8, where there are many tokens/g, "$1 层在 token 多的时候用 int8"],

@@ -26,7 +26,7 @@ from torch import nn
 
 from ...kernels import FORMATS, AdapterError, Format, GraftError, NoBackend, choose, int8
 from ...ops.adapters import Adapter, Patch
-from ...ops.int8 import named, use_int8
+from ...ops.int8 import RULES, named, use_int8
 from ...ops.layers import without_autocast
 from ...ops.places import Architecture, architecture_of
 from ...ops.residual import ResidualStack
@@ -41,9 +41,8 @@ from .strengths import Told, call_of
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "on", "off")
-INT8 = "int8"
 DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, INT8: None,
+    "auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, **dict.fromkeys(RULES),
 }  # fmt: skip
 
 
@@ -55,8 +54,8 @@ class Settings:
         mode: ``auto``: LoRAs beside the matmul unless their rank is so large that a full weight is cheaper;
             ``on``: always beside it; ``off``: everything as Forge does it.
         backend: of the kernels.
-        dtype: of the computation; ``auto`` is that of the activations, and ``int8`` the same, with int8 products in
-            large layers of a diffusion model.
+        dtype: of the computation; ``auto`` is that of the activations, and ``int8`` and ``int8_all`` the same, with
+            int8 products in large layers of a diffusion model.
     """
 
     mode: str = "auto"
@@ -527,11 +526,12 @@ class Engine:
 
     def _settle_int8(self, state: LayerState, device: torch.device) -> None:
         """Have a layer of a diffusion model multiply in int8, if that is asked for and runs here, or no longer."""
-        wanted = self.settings.dtype == INT8 and state.where != "" and int8.unavailable(device) is None
-        if wanted != state.takes_int8:
-            state.takes_int8, state.math.int8_bound, state.math.int8_reason = wanted, None, ""
+        asked = self.settings.dtype in RULES and state.where != "" and int8.unavailable(device) is None
+        wanted = self.settings.dtype if asked else ""
+        if wanted != state.int8:
+            state.int8, state.math.int8_bound, state.math.int8_reason = wanted, None, ""
             if wanted:
-                use_int8({state.where: state.math}, named())
+                use_int8({state.where: state.math}, named(), RULES[wanted])
 
     def backend(self, device: torch.device, fmt: Format) -> str:
         """The backend asked for, or the best one where that cannot run."""

@@ -99,7 +99,7 @@ class LayerState:
     Attributes:
         header: what baking lost of the weight, while it is baked.
         where: its path in a diffusion model; empty in a text encoder.
-        takes_int8: whether it was told to multiply in int8, if it can.
+        int8: the choice (`ops/int8.RULES`) by which it was told to multiply in int8, if it can; empty without.
         refused: why this layer runs in Forge's own forward.
         path, reason: how its LoRAs run, and why not beside the weight; empty without any.
         left_out: why patches of theirs fit nothing.
@@ -115,7 +115,7 @@ class LayerState:
         self.math = math_of(layer, fmt, shape)
         self.known: patches.Known = {}
         self.cache = FactorCache(keep=1)
-        self.where, self.takes_int8 = "", False
+        self.where, self.int8 = "", ""
         self.header: torch.Tensor | None = None
         self.refused = ""
         self.path = self.reason = ""

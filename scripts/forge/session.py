@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ...kernels import BACKENDS, NoBackend, choose, int8
-from ...ops.int8 import report
+from ...ops.int8 import RULES, report
 from ...ops.report import FileReport, examples
 from . import layout, patches
-from .engine import DTYPES, INT8, MODES, Engine, Settings
+from .engine import DTYPES, MODES, Engine, Settings
 from .layers import LayerState, state_of
 
 OPTIONS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
@@ -218,12 +218,12 @@ def _place(engine: Engine, model: nn.Module, key: str, lora: UsedLora) -> None:
 
 def int8_of(engine: Engine, model: Any, device: torch.device) -> list[tuple[str, str]]:
     """Where int8 is asked for: how many layers multiply in it and which do not, or why none does."""
-    if engine.settings.dtype != INT8:
+    if engine.settings.dtype not in RULES:
         return []
     if reason := int8.unavailable(device):
         return [("int8", f"not used: {reason}")]
     states = [state for _, patcher in patchers(model) for _, _, state in gguf_layers(engine, patcher.model)]
-    found = {state.where: state.math for state in states if state.takes_int8}
+    found = {state.where: state.math for state in states if state.int8}
     return [("int8", "; ".join(report(found)) or "from the next picture on")]
 
 

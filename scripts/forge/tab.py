@@ -21,7 +21,7 @@ _HELP = {
     "on: always beside; off: Forge's own way",
     "graft_backend": "auto takes the fastest that runs here",
     "graft_dtype": "auto is what Forge computes in; int8 multiplies large layers in int8: faster, about 1 % less "
-    "precise, LoRAs stay exact",
+    "precise, LoRAs stay exact; int8 leaves Q8_0 as it is, int8_all makes Q8_0 faster, too",
 }
 _OURS, _MERGED, _REQUANTIZED = "#16a34a", "#6b7280", "#dc2626"
 

@@ -88,7 +88,7 @@ def test_inputs_are_the_promised_ones(classes):
     loader, stack = (classes[n].INPUT_TYPES() for n in ("GraftUNETLoader", "GraftLoraStack"))
     assert list(loader["required"]) == ["unet_name"]
     assert list(loader["optional"]) == ["compute_dtype", "backend", "module_name"]
-    assert loader["optional"]["compute_dtype"][0] == ["auto", "bf16", "fp16", "fp32", "int8"]
+    assert loader["optional"]["compute_dtype"][0] == ["auto", "bf16", "fp16", "fp32", "int8", "int8_all"]
     rows = [f"{what}_{row}" for row in range(1, 9) for what in ("enabled", "lora", "strength")]
     assert list(stack["required"]) == ["model"]
     links = [f"when_{row}" for row in range(1, 9)]
