@@ -61,8 +61,8 @@ COMPUTE_DTYPE = (
     {
         "default": "auto",
         "tooltip": "Precision of the computation. auto takes what ComfyUI chooses. int8 makes large layers faster and "
-        "about 1 % less precise; LoRAs keep their full precision. int8 leaves Q8_0 as it is, because Q8_0 is more precise. "
-        "int8_all makes Q8_0 faster, too.",
+        "about 1 % less precise; LoRAs keep their full precision. int8 leaves Q8_0 as it is, because Q8_0 is more "
+        "precise. int8_all makes Q8_0 faster, too.",
     },
 )
 """An input of the loaders of diffusion models."""

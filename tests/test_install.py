@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import ROOT
 from graft import install
 from packaging.markers import Marker
 from packaging.requirements import Requirement
+from PIL import Image
 
 INSTALL = ROOT / "install.py"
 USER = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in ("", "#")]
@@ -157,3 +159,19 @@ def test_development_uses_what_users_get():
         (version,) = (s.version for s in pin.specifier)
         assert requirement.specifier.contains(version)
     assert all(str(p.specifier).startswith("==") for p in pins if p.name != "triton")
+
+
+def test_what_the_registry_will_read():
+    """The lines that wait for a public address name pictures of this repository, as large as the registry takes."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    waiting = re.compile(r"^# (?=\[project\.urls\]|(?:Repository|Icon|Banner) = )", re.MULTILINE)
+    said = tomllib.loads(waiting.sub("", text))
+    repository, comfy = said["project"]["urls"]["Repository"], said["tool"]["comfy"]
+    assert {"PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui"} == set(comfy)
+    raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    icon, banner = (ROOT / comfy[key].removeprefix(raw) for key in ("Icon", "Banner"))
+    sides = [float(side) for side in re.search(r'viewBox="0 0 (\S+) (\S+)"', icon.read_text(encoding="utf-8")).groups()]
+    assert max(sides) <= 400 and sides[0] == sides[1]
+    with Image.open(banner) as picture:
+        assert picture.width * 9 == picture.height * 21
