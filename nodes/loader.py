@@ -259,7 +259,7 @@ def _take_int8(patcher: Any, rule: Rule) -> str:
     found = packed_layers(patcher.model)
     use_int8(found, named(), rule)
     finer = kept_finer(found)
-    return f"int8 in {in_words(count(found))}" + (f" ({in_words(finer)} {FINER})" if finer else "")
+    return f"int8 in {in_words(count(found))}" + (f", not in {in_words(finer)} ({FINER})" if finer else "")
 
 
 def _warm(patcher: Any, device: torch.device) -> None:

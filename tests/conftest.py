@@ -112,13 +112,13 @@ def _group(item: pytest.Item) -> str | None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes longest comes first; the tests of a running host stay together.
 
     Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for.
     """
     items.sort(key=lambda item: item.get_closest_marker("host") is None)
-    for item in items:
+    for item in items if config.pluginmanager.has_plugin("xdist") else ():
         if group := _group(item):
             item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":

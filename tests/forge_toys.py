@@ -353,6 +353,8 @@ def serving(host: Forge, folder: Path, *flags: str, graft: bool = True) -> Itera
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET"))}
     env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "SD_WEBUI_RESTARTING": "1"}
+    # glibc gives back at once what is freed, so that the size of the process is that of what is in use
+    env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=host.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
         server = Server(host, f"http://127.0.0.1:{port}", folder, process)

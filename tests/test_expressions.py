@@ -99,7 +99,7 @@ def is_linear(pattern: re.Pattern[str]) -> bool:
         if seconds(pattern, piece, SHORT, repeat=1) * (LONG / SHORT) ** 2 < MUCH:
             continue
         # three microseconds a character are no square, which would be far more
-        if (long := seconds(pattern, piece, LONG)) >= MUCH and long >= 64 * seconds(pattern, piece, SHORT):
+        if (long := seconds(pattern, piece, LONG, repeat=1)) >= MUCH and long >= 64 * seconds(pattern, piece, SHORT):
             return False
     return True
 

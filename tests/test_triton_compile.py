@@ -45,16 +45,17 @@ def assert_sound(rows: list[Usage]) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_dequantize_of_every_type(target):
-    rows = survey([Case("dequantize", name, target, count=False) for name in DECODABLE])
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_86"])
+def test_dequantize(target):
+    """Every type on sm_86 is below; `make kernels-report` has every type everywhere."""
+    rows = survey([Case("dequantize", name, target, count=False) for name in KINDS])
     assert_sound(rows)
     assert all(row.wide_stores for row in rows), [row for row in rows if not row.wide_stores]
 
 
 def test_dequantize_to_the_other_dtypes():
     dtypes = ("fp16", "fp32")
-    rows = survey([Case("dequantize", name, "sm_86", dtype, count=False) for name in DECODABLE for dtype in dtypes])
+    rows = survey([Case("dequantize", name, "sm_86", dtype, count=False) for name in KINDS for dtype in dtypes])
     assert_sound(rows)
     assert all(row.wide_stores for row in rows), [row for row in rows if not row.wide_stores]
 
@@ -68,15 +69,16 @@ def test_instructions_per_weight(kernel):
     loads = {row.case.fmt: row.loads for row in rows}
     # halves of words took 0.56 and 1.12, and were loaded anew for each of the weights that lie in them
     assert loads["Q8_0"] < 0.4 and loads["Q6_K"] < (0.6 if kernel == "matmul" else 0.4)
-    if kernel == "matmul":
-        assert all(row.tensor_cores for row in rows)
+    assert all(row.wide_stores for row in rows) or kernel != "dequantize"
+    assert all(row.tensor_cores for row in rows) or kernel != "matmul"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_linear_kernels(target):
-    """With a low-rank term; the fused kernel in its smallest and largest tile of the plan."""
+    """With a low-rank term; the fused kernel in the largest tile of the plan, on one card in the smallest, too."""
     cases = [Case("matvec", name, target, low_rank=True, count=False) for name in KINDS]
-    cases += [Case("matmul", name, target, m=m, low_rank=True, count=False) for name in KINDS for m in (16, 128)]
+    tiles = (16, 128) if target == "sm_86" else (128,)
+    cases += [Case("matmul", name, target, m=m, low_rank=True, count=False) for name in KINDS for m in tiles]
     rows = survey(cases)
     assert_sound(rows)
     assert all(row.tensor_cores for row in rows if row.case.kernel == "matmul")
