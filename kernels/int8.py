@@ -34,9 +34,11 @@ LEAST_ROWS_BF16 = 768
 """The same against native bf16 products (AVX512-BF16), which take half the time of fp32: encoding a thousand weights
 takes as long there as what 450 to 600 rows of x save on them."""
 
-# what a processor rotates at a time, in fp32, should stay close to it; a product may be larger, in int8
+# what a processor rotates at a time, in fp32, should stay close to it; a product may be larger, in int8, and is slow with
+# few columns
 _CHUNK_BYTES = 4 << 20
-_PRODUCT_BYTES = 2 << 20
+_PRODUCT_BYTES = 4 << 20
+_PRODUCT_COLUMNS = 512
 _SAMPLE = 64
 
 
@@ -317,7 +319,7 @@ def _on_cpu(
     out = torch.empty(m, n, dtype=x.dtype)
     codes, x_scales = quantize(x)
     scales = (row_scales if scale is None else row_scales * scale.view(-1, 1)).view(-1)
-    step = scratch.rows_per_chunk(x.device, k, torch.int8, _PRODUCT_BYTES)
+    step = max(_PRODUCT_COLUMNS, scratch.rows_per_chunk(x.device, k, torch.int8, _PRODUCT_BYTES))
     for rows, weight in _encoded(source, fmt, row_scales, k, step, backend):
         part, count = out[:, rows], weight.shape[0]
         sums = scratch.take(x.device, m, count, torch.int32, "int8 sums")
