@@ -21,10 +21,10 @@ from .formats import Format
 
 # a core decodes a weight of these in 0.14 to 0.22 ns, of others in 0.25 to 4 ns (benchmarks/bench_cpu_decode.py)
 QUICK = frozenset(["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "TQ2_0"])
-# weights that one core decodes of these before threads would have started
+# weights that one core decodes of these in the time that threads would save
 _ALONE = 1 << 20
 # and for which libgguf starts no threads
-_PIECE = (1 << 17) - 1
+PIECE = (1 << 17) - 1
 
 
 @functools.cache
@@ -59,15 +59,18 @@ def decode(data: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
         fmt: a quantized format.
         out: ``fp32 [rows, columns]``, contiguous; overwritten.
     """
+    if fmt.name not in QUICK or not PIECE < out.numel() <= _ALONE:
+        return decode_rows(data, fmt, out)
+    step = max(1, PIECE // out.shape[1])
+    for part, wide in zip(data.split(step), out.split(step), strict=True):
+        decode_rows(part, fmt, wide)
+
+
+def decode_rows(data: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """`decode` in one call of libgguf, on its threads if there are more than `PIECE` weights."""
     library = _libgguf()
     assert isinstance(library, ModuleType)
-    (rows, columns), packed, wide = out.shape, data.numpy(), out.numpy()
-    step = rows
-    if fmt.name in QUICK and out.numel() <= _ALONE:
-        step = max(1, _PIECE // columns)
-    for start in range(0, rows, step):
-        part = wide[start : start + step]
-        library.dequantize_rows_into_raw(fmt.ggml_type, packed[start : start + step], part, len(part), columns)
+    library.dequantize_rows_into_raw(fmt.ggml_type, data.numpy(), out.numpy(), *out.shape)
 
 
 def cannot_encode(fmt: Format) -> str | None:

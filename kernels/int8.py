@@ -30,12 +30,12 @@ BLOCK = 256
 LEAST_ROWS = 384
 """Rows of x from which int8 is worth decoding to, on a CPU against fp32 products (`benchmarks/bench_int8.py`)."""
 
-LEAST_ROWS_BF16 = 768
+LEAST_ROWS_BF16 = 512
 """The same against native bf16 products (AVX512-BF16), which take half the time of fp32: encoding a thousand weights
-takes as long there as what 450 to 600 rows of x save on them."""
+takes as long there as what 350 rows of x save on them."""
 
-# what a processor rotates at a time, in fp32, should stay close to it; a product may be larger, in int8, and is slow with
-# few columns
+# what a processor rotates at a time, in fp32, should stay close to it; a product may be larger, in int8, and is slow
+# with few columns
 _CHUNK_BYTES = 4 << 20
 _PRODUCT_BYTES = 4 << 20
 _PRODUCT_COLUMNS = 512
