@@ -17,6 +17,8 @@ from forge_toys import Server
 from PIL import Image
 
 KINDS = ("Q4_K", "Q8_0", "Q4_0", "IQ4_XS")
+THEIRS = {"IQ4_XS": "Q4_K"}
+"""What a Forge without Graft takes in place of a type that it does not decode."""
 LORAS = ("whole", "sliced", "plain", "text", "native", "PEFT")
 WHEN = (
     "", "", ":region=left", ":region=not 0.2,0.2,0.8,0.8:feather=0.2", ":start=0.5", ":end=0.5:region=row-2",
@@ -51,6 +53,8 @@ class Churn:
         for number in range(1, count + 1):
             if self.random.random() < 0.15:
                 kind = self.random.choice(KINDS)
+            if not self.server.has_graft:
+                kind = THEIRS.get(kind, kind)
             way = self.random.choice(ways)
             way(kind, "a toy " + "".join(self.lora() for _ in range(self.random.randint(0, 4))))
             self.done[way.__name__] += 1
