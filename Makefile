@@ -24,7 +24,7 @@ demo: $(READY)  ## a contact sheet of the demo model and a table: demo.png
 	$(PY) benchmarks/demo.py $(ARGS)
 
 # one process runs all tests of a running host, which starts once (tests/conftest.py), and what takes longest comes first
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 test: $(READY)  ## all tests; those that need a GPU or a host say so where there is none
 	$(PYTEST) $(ARGS)

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,31 +97,34 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 SCATTERED = ("test_comfyui", "test_demo", "test_expressions", "test_triton_compile", "test_triton_linear")
 """Files whose tests take long and have nothing in common."""
-RUNNING = ("server", "page", "forge")
-"""Parameters that stand for a running host."""
 
 
-def _group(item: pytest.Item) -> str | None:
-    """Whose tests one process runs, one after the other: a running host's, else a file's; None where it may be any."""
-    name = Path(item.location[0]).stem
-    if name in SCATTERED:
-        return None
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    of = next((parameters[key] for key in RUNNING if key in parameters), None)
-    host = of[0] if isinstance(of, tuple) else of  # a page is a host and a front end
-    return f"{name} {getattr(host, 'name', '')}"
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, where that is installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share a running host run in one process, one after the other, and so do those of a file."""
+    from forge import forges
+    from hosts import comfyui_hosts
+    from xdist.scheduler import LoadScopeScheduling
+
+    hosts = sorted((host.name for host in (*comfyui_hosts(), *forges())), key=len, reverse=True)
+
+    class ByHost(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, parameters = nodeid.partition("[")
+            name = Path(file.partition("::")[0]).stem
+            if name in SCATTERED:
+                return nodeid
+            return f"{name} {next((host for host in hosts if parameters.startswith(host)), '')}"
+
+    return ByHost(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes longest comes first; the tests of a running host stay together.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in a host takes longest and comes first.
 
     Tests marked `gpu` are skipped, visibly, where there is none or the interpreter is asked for.
     """
     items.sort(key=lambda item: item.get_closest_marker("host") is None)
-    for item in items if config.pluginmanager.has_plugin("xdist") else ():
-        if group := _group(item):
-            item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return
     for item in items:
