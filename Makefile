@@ -15,7 +15,7 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fuzz hosts company churn formats locales help-pictures architectures bench bench-comfy bench-forge bench-adapters bench-make \
-	bench-calibration bench-training bench-gpu kernels-report clean
+	bench-calibration bench-training bench-gpu kernels kernels-report clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 17
@@ -82,6 +82,9 @@ bench-training: $(READY)  ## LoRAs learnt on quantized weights, on the demo mode
 
 bench-gpu: $(READY)  ## the kernels on this GPU, results and times, in under 5 minutes: CSVs and a plot
 	$(PY) benchmarks/bench_gpu.py $(ARGS)
+
+kernels: $(READY)  ## the compiled kernels' budgets, every type for every card; `make test` has one type of each kind
+	GRAFT_EVERY_TYPE=1 $(PYTEST) tests/test_triton_compile.py $(ARGS)
 
 kernels-report: $(READY)  ## registers, spills and instructions of every kernel, compiled without a GPU
 	$(PY) benchmarks/kernels_report.py $(ARGS)
