@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EVERYTHING = bool(os.environ.get("GRAFT_EVERY_HOST"))
+"""Every suite, page and pack in every host, as `make hosts` and `make company` have it; `make test` leaves some out."""
 
 
 class CannotStart(Exception):

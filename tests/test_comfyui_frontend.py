@@ -23,7 +23,7 @@ import there_and_back
 import torch
 from browser import chromium
 from graft.ops.files.gguf import open_gguf
-from hosts import ROOT, Host, comfyui_hosts
+from hosts import EVERYTHING, ROOT, Host, comfyui_hosts
 from safetensors.torch import load_file, save_file
 from workflow_samples import group_node, shown_by_inputs
 
@@ -173,7 +173,6 @@ def browser() -> Iterator[Any]:
         yield opened
 
 
-EVERYTHING = bool(os.environ.get("GRAFT_EVERY_HOST"))
 VUE = comfyui_hosts() if EVERYTHING else comfyui_hosts()[-1:]
 """Whose Nodes 2.0 are tried, too; `make hosts` tries all."""
 MODES = [

@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from hosts import ROOT, CannotStart, Host, comfyui_hosts
+from hosts import EVERYTHING, ROOT, CannotStart, Host, comfyui_hosts
 
 sys.path.append(str(Path(__file__).parent / "in_comfyui"))
 from comfy_server import Server
@@ -27,7 +27,7 @@ PACKS = (
 INSTALLED = [name for name in PACKS if (PEERS / name / "__init__.py").is_file()]
 TOGETHER = "all together"
 MULTIGPU = "ComfyUI-MultiGPU"
-ALONE = INSTALLED if os.environ.get("GRAFT_EVERY_HOST") else []
+ALONE = INSTALLED if EVERYTHING else []
 HOSTS = comfyui_hosts() if INSTALLED else []
 RUNS = [(host, what) for host in HOSTS for what in (*ALONE, TOGETHER)]
 
