@@ -11,7 +11,7 @@ _LONGEST = 6000  # characters: of a longer message the middle is left out, since
 _UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # torch before 2.5 calls it by its CUDA name alone
-_TorchOutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+TorchOutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 def plain(text: str) -> str:
@@ -60,7 +60,7 @@ class NoBackend(GraftError):
     """No backend can do this on this machine; the message lists each one's reason."""
 
 
-class OutOfMemory(GraftError, _TorchOutOfMemory):  # type: ignore[misc, valid-type]
+class OutOfMemory(GraftError, TorchOutOfMemory):  # type: ignore[misc, valid-type]
     """Memory is full, whatever is given back; hosts treat it as torch's own error and unload models."""
 
 

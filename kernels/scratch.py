@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .errors import OutOfMemory
+from .errors import OutOfMemory, TorchOutOfMemory
 
 # On a CPU a chunk should still be in the last-level cache when the matmul reads it; on a GPU it should
 # be large enough for the vendor's GEMM to reach full speed.
@@ -36,8 +36,10 @@ SMALLEST_BYTES = 1 << 20
 _local = threading.local()
 
 _Function = TypeVar("_Function", bound=Callable)
-# of CPUs, whose allocator raises a plain RuntimeError, on Linux and on Windows; of MPS
-_FULL = re.compile("can't allocate|not enough memory|out of memory")
+# of CPUs, whose allocator raises a plain RuntimeError, on Linux and on Windows; of MPS; of what C++ allocates itself
+_FULL = re.compile("can't allocate|not enough memory|out of memory|bad_alloc")
+# of oneDNN, which multiplies bf16 and fp16 on CPUs: it never says why, which is full memory as a rule
+_UNTOLD = re.compile("could not (create|execute) a ")
 
 
 def rows_per_chunk(
@@ -72,14 +74,16 @@ def _halvings() -> Counter[torch.device]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether memory of some device ran out, by the words of torch's allocators."""
-    return isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
+    """Whether memory of some device ran out, by the words of torch's allocators where its class does not tell."""
+    told = isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
+    return told or isinstance(error, (MemoryError, TorchOutOfMemory))
 
 
 def retried(function: _Function) -> _Function:
     """Where memory runs out in `function`, let it run again with an empty scratch and chunks half as large.
 
-    Its first tensor is on the device in question; what it returns it must write anew.
+    Its first tensor is on the device in question; what it returns it must write anew. So is done after an error that
+    does not say whether memory ran out, which is raised itself if that does not help.
 
     Raises:
         OutOfMemory: chunks are as small as they get.
@@ -92,11 +96,14 @@ def retried(function: _Function) -> _Function:
         while True:
             try:
                 return function(*args, **kwargs)
-            except RuntimeError as error:
-                if isinstance(error, OutOfMemory) or not is_full(error):
+            except (RuntimeError, MemoryError) as error:
+                full = is_full(error)
+                if isinstance(error, OutOfMemory) or not (full or _UNTOLD.search(str(error))):
                     raise
                 device = next(tensor.device for tensor in args if isinstance(tensor, torch.Tensor))
                 if _chunk_bytes(device) <= SMALLEST_BYTES:
+                    if not full:
+                        raise
                     raise OutOfMemory(
                         f"the memory of {device} is full, even for {SMALLEST_BYTES >> 20} MiB of decoded weights at a "
                         "time: make the picture or the batch smaller, or take a file with fewer bits"

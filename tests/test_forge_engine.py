@@ -330,15 +330,22 @@ def test_an_error_of_ours_is_forges_turn_and_said_once(engine: Engine, caplog: p
     assert sum(part.refused.values()) == 1
 
 
-def test_memory_errors_stay_memory_errors(engine: Engine) -> None:
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("full"), RuntimeError("MPS backend out of memory")])
+def test_memory_errors_stay_memory_errors(engine: Engine, error: Exception) -> None:
+    """They say nothing of the layer, which runs again when memory is free."""
     model = model_for(engine)
+    math = state_of(model.linear).math
+    compute = math.compute
 
     def full(*args: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("full")
+        raise error
 
-    state_of(model.linear).math.compute = full
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    math.compute = full
+    with pytest.raises(type(error), match=str(error)):
         model.linear(activations())
+    math.compute = compute
+    model.linear(activations())
+    assert not state_of(model.linear).refused
 
 
 def test_the_format_outlives_the_parameter(engine: Engine) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels import FORMATS, AdapterError, Format, GraftError, NoBackend, choose, int8
+from ...kernels import FORMATS, AdapterError, Format, GraftError, NoBackend, choose, int8, is_full
 from ...ops.adapters import Adapter, Patch
 from ...ops.int8 import RULES, named, use_int8
 from ...ops.layers import without_autocast
@@ -491,11 +491,10 @@ class Engine:
             return self._forge_forward(original, layer, x, reason)
         try:
             return self._run(layer, state, x)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
-            if isinstance(error, GraftError) and state.varies:
-                raise  # this call has no place for a mask, which says nothing of the layer
+            # full memory says nothing of the layer, and neither does a call that has no place for a mask
+            if is_full(error) or (isinstance(error, GraftError) and state.varies):
+                raise
             state.refused = f"{type(error).__name__}: {error}"
             log.warning("a %s layer goes back to Forge's own forward: %s", state.fmt, error, exc_info=True)
             return self._forge_forward(original, layer, x, state.refused)
