@@ -22,7 +22,7 @@ def call_of(model: Any, architecture: Architecture | None, x: torch.Tensor, *arg
     step, steps = _step(sigma, [] if sigmas is None else sigmas.tolist())
     indices = options.get("cond_or_uncond") or [0]
     names = tuple(("positive", "negative")[i] if i < 2 else str(i) for i in indices)
-    picture = _picture(model.diffusion_model, x, kwargs)
+    picture = _picture(model.diffusion_model, x, kwargs, options)
     return Call(step / steps, step, sigma, names, picture, architecture, _windows(x, options))
 
 
@@ -75,7 +75,9 @@ def _step(sigma: float, sigmas: Sequence[float]) -> tuple[float, int]:
     return float(steps - 1 if sigmas else 0), steps
 
 
-def _picture(model: Any, x: torch.Tensor, conditions: Mapping[str, Any]) -> Picture | None:
+def _picture(
+    model: Any, x: torch.Tensor, conditions: Mapping[str, Any], options: Mapping[str, Any]
+) -> Picture | None:
     """Where the picture is among the tokens of this call; None where references are laid among the words."""
     references = conditions.get("ref_latents") or ()
     multiple = getattr(model, "pad_tokens_multiple", None) or 1
@@ -84,4 +86,4 @@ def _picture(model: Any, x: torch.Tensor, conditions: Mapping[str, Any]) -> Pict
     behind = [*references, *(conditions.get("context_latents") or ())]
     before = [] if getattr(model, "ref_conv", None) is None else [conditions.get("reference_latent")]
     before.append(conditions.get("ref_latent"))
-    return picture_of(x, patch_of(model), before, behind, multiple)
+    return picture_of(x, patch_of(model), before, behind, multiple, options)

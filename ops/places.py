@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -29,6 +29,7 @@ class Place(Enum):
     WORDS_PICTURE = "words, picture"
     PICTURE_WORDS = "picture, words"
     LEVEL = "a level of a UNet"
+    SELF_ATTENTION = "self-attention at a level of a UNet"
     NOWHERE = "nowhere"
 
 
@@ -42,6 +43,10 @@ class Picture:
         before: tokens in front of the picture's own, such as Wan's reference.
         behind: tokens of reference pictures behind them.
         multiple: what the picture's tokens are padded to a multiple of.
+        keeps_references: whether only the layers that take references in see them: attention has kept the rest of an
+            earlier call.
+        batch: pictures that the call draws, of all conditionings; 0 where that is not known.
+        merges_tokens: whether self-attention sees fewer tokens than there are (ToMe).
     """
 
     frames: int
@@ -51,6 +56,9 @@ class Picture:
     before: int = 0
     behind: int = 0
     multiple: int = 1
+    keeps_references: bool = False
+    batch: int = 0
+    merges_tokens: bool = False
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -99,9 +107,13 @@ def patch_of(model: Any, default: int = 1) -> tuple[int, int, int]:
 
 def picture_of(
     latent: torch.Tensor, patch: tuple[int, int, int], before: Sequence[torch.Tensor | None] = (),
-    behind: Sequence[torch.Tensor | None] = (), multiple: int = 1,
+    behind: Sequence[torch.Tensor | None] = (), multiple: int = 1, options: Mapping[str, Any] | None = None,
 ) -> Picture:  # fmt: skip
-    """The picture of a latent ``[B, C, (frames,) rows, columns]`` with reference latents before and behind it."""
+    """The picture of a latent ``[B, C, (frames,) rows, columns]`` with reference latents before and behind it.
+
+    Args:
+        options: both hosts' ``transformer_options`` of the call, whose patches may change what layers see.
+    """
 
     def alone(latent: torch.Tensor) -> Picture:
         frames, rows, columns = (*(1,) * (5 - latent.dim()), *latent.shape[2:])
@@ -110,7 +122,13 @@ def picture_of(
     def tokens(latents: Sequence[torch.Tensor | None]) -> int:
         return sum(alone(latent).tokens for latent in latents if latent is not None)
 
-    return replace(alone(latent), before=tokens(before), behind=tokens(behind), multiple=multiple)
+    patches = ((options or {}).get("patches") or {}).get("attn1_patch") or ()
+    return replace(
+        alone(latent), before=tokens(before), behind=tokens(behind), multiple=multiple, batch=latent.shape[0],
+        # ComfyUI's FluxKVCache, once a call has filled it
+        keeps_references=any(type(patch).__name__ == "KV_Attn_Input" and patch.cache for patch in patches),
+        merges_tokens=any("tomesd" in str(getattr(patch, "__module__", "")) for patch in patches),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +208,7 @@ ARCHITECTURES = (
         "Stable Diffusion", "input_blocks.0.0 time_embed.0",
         WORDS=r".+\.attn2\.to_[kv]",
         NOWHERE=r".+\.emb_layers\.\d+|time_embed\..+|label_emb\..+",
+        SELF_ATTENTION=r".+\.attn1\..+",
         LEVEL=r"(?:input_blocks|middle_block|output_blocks|out)\..+",
     ),
 )  # fmt: skip
@@ -273,20 +292,31 @@ def _over_time(grid: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def over_rows(
-    mask: torch.Tensor, picture: Picture, place: Place, count: int, elsewhere: float, path: str
+    mask: torch.Tensor, picture: Picture, place: Place, count: int, elsewhere: float, path: str, batch: int = 0
 ) -> torch.Tensor:
     """A number for each of a layer's `count` rows of tokens: the mask in the picture, `elsewhere` for all others.
 
+    Args:
+        batch: how many such rows of tokens the layer has; 0 where that is not known.
+
     Raises:
-        GraftError: they are not as many as the picture has.
+        GraftError: they are not those of the picture.
     """
-    if place is Place.LEVEL:
+    if place in (Place.LEVEL, Place.SELF_ATTENTION):
+        is_merged = picture.merges_tokens and place is Place.SELF_ATTENTION
+        if is_merged or (picture.batch and batch not in (0, picture.batch)):
+            raise GraftError(
+                f"{path} has other tokens than the picture, which another node or extension merges or cuts into tiles "
+                "(ToMe, HyperTile): take the mask off or that out"
+            )
         return on_tokens(mask, _level(picture, count, path))
     own = on_tokens(mask, picture)
-    padding = -own.numel() % picture.multiple
-    if place is Place.PICTURE and count == picture.before + own.numel() + picture.behind:
+    padding, behind = -own.numel() % picture.multiple, picture.behind
+    if place is Place.PICTURE and count == picture.before + own.numel() + behind:
         padding = 0  # a layer that makes the tokens, before they are padded
-    around = [picture.before, padding + picture.behind]
+    elif picture.keeps_references:
+        behind = 0
+    around = [picture.before, padding + behind]
     words = count - own.numel() - sum(around)
     if words < 0 or (words and place is Place.PICTURE):
         raise GraftError(

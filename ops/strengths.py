@@ -304,6 +304,10 @@ class Strength:
         chunks = torch.tensor([float(name == self.applies_to) for name in call.conditionings], device=device)
         if lead[0] % len(chunks):
             return torch.ones(1, *ones, device=device)
+        batch = 0 if call.picture is None else call.picture.batch
+        if len(lead) == 1 and batch and lead[0] % batch == 0:
+            # Qwen-Image-Edit and Flux.2 have the time of references, zero, behind those of the whole batch
+            return chunks.repeat_interleave(batch // len(chunks)).repeat(lead[0] // batch)
         return chunks.repeat_interleave(lead[0] // len(chunks)).view(-1, *ones)
 
     def _of_mask(self, call: Call, path: str, lead: torch.Size, is_conv: bool, device: torch.device) -> torch.Tensor:
@@ -347,7 +351,7 @@ class Strength:
         is_conv: bool, device: torch.device,
     ) -> torch.Tensor:  # fmt: skip
         """The mask over the rows of a layer, ``[1, ...]`` with as many dimensions as `lead`."""
-        key = (which.start, window, picture, place, lead[1:], is_conv, device)
+        key = (which.start, window, picture, place, lead, is_conv, device)
         if key not in self._kept:
             if len(self._kept) >= _KEPT:
                 self._kept.clear()
@@ -357,7 +361,7 @@ class Strength:
             if is_conv:
                 self._kept[key] = on_positions(mask, torch.Size(lead[1:]))
             else:
-                rows = over_rows(mask, picture, place, lead[-1], self._elsewhere(), path)
+                rows = over_rows(mask, picture, place, lead[-1], self._elsewhere(), path, lead[0])
                 self._kept[key] = rows.view(*(1,) * (len(lead) - 1), -1)
         return self._kept[key]
 

@@ -42,7 +42,7 @@ NOT_A_PHRASE = {
     r"^(as it is|attention and MLP|all in blocks|all of the model)$": "choices, too",
     r" = 1, \* = 0$": "rules for blocks",
     r"^torch\.cat\(": "code that is looked for",
-    r"^(words, picture|picture, words|a level of a UNet)$": "values that the code compares",
+    r"^(words, picture|picture, words|(?:self-attention at )?a level of a UNet)$": "values that the code compares",
     r"clone\(\)|dequantize\(\)|^a field has no such type": "for who writes a program",
     r"^(packed weights do not begin|kernels are looked up|compiling kernels|Graft: SHA-256)": "a line in the log",
     r"^no loader is called |^this is no (workflow of|JSON)|workflow (cannot be read|is damaged)": "of a command",

@@ -355,6 +355,44 @@ def test_levels_of_a_unet() -> None:
         over_rows(mask, Picture(1, 16, 24), Place.LEVEL, 100, 0.0, "layer")
 
 
+def test_tokens_of_a_level_that_are_not_the_pictures() -> None:
+    """A fourth of all tokens, or a tile of a fourth of the picture, is as long as the next level."""
+    mask, plain = torch.ones(1, 8, 8), Picture(1, 16, 24, batch=2)
+    merged = dataclasses.replace(plain, merges_tokens=True)
+    for place in (Place.LEVEL, Place.SELF_ATTENTION):
+        assert over_rows(mask, plain, place, 8 * 12, 0.0, "layer", 2).shape == (96,)
+        with pytest.raises(GraftError, match=r"layer has other tokens than the picture.*HyperTile"):
+            over_rows(mask, plain, place, 8 * 12, 0.0, "layer", 8)
+    assert over_rows(mask, merged, Place.LEVEL, 8 * 12, 0.0, "layer", 2).shape == (96,)
+    with pytest.raises(GraftError, match=r"another node or extension merges.*ToMe"):
+        over_rows(mask, merged, Place.SELF_ATTENTION, 8 * 12, 0.0, "layer", 2)
+
+
+def test_the_prompts_of_a_batch() -> None:
+    """Of tokens each prompt has its own behind each other; times of references come behind those of all prompts."""
+    strength = Strength(applies_to="positive")
+    call = Call(conditionings=("positive", "negative"), picture=Picture(1, 4, 4, batch=4))
+
+    def rows(*lead: int) -> list[float]:
+        return strength.rows(call, "layer", torch.Size(lead), False, torch.device("cpu")).flatten().tolist()
+
+    assert rows(4) == rows(4, 9) == [1, 1, 0, 0]
+    assert rows(8) == [1, 1, 0, 0, 1, 1, 0, 0] and rows(8, 9) == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert rows(2) == [1, 0] and rows(3) == [1]
+
+
+def test_references_that_attention_has_kept() -> None:
+    """Layers that take them in see them, those behind these do not, and words stay in front."""
+    mask = torch.zeros(1, 4, 4)
+    mask[:, :, :2] = 1
+    own, picture = mask.flatten(), Picture(1, 4, 4, behind=8, keeps_references=True)
+    taken_in = over_rows(mask, picture, Place.PICTURE, 16 + 8, 0.5, "img_in")
+    assert torch.equal(taken_in, torch.cat([own, torch.full((8,), 0.5)]))
+    assert torch.equal(over_rows(mask, picture, Place.PICTURE, 16, 0.5, "img_attn"), own)
+    words = over_rows(mask, picture, Place.WORDS_PICTURE, 10 + 16, 0.5, "single")
+    assert torch.equal(words, torch.cat([torch.full((10,), 0.5), own]))
+
+
 PLACES = {
     "Flux": {
         "double_blocks.0.img_attn.qkv": Place.PICTURE, "double_blocks.3.img_mlp.2": Place.PICTURE,
@@ -376,7 +414,7 @@ PLACES = {
     },
     "Stable Diffusion": {
         "input_blocks.0.0": Place.LEVEL, "input_blocks.1.0.emb_layers.1": Place.NOWHERE,
-        "input_blocks.1.1.transformer_blocks.0.attn1.to_q": Place.LEVEL,
+        "input_blocks.1.1.transformer_blocks.0.attn1.to_q": Place.SELF_ATTENTION,
         "input_blocks.1.1.transformer_blocks.0.attn2.to_k": Place.WORDS,
         "middle_block.1.proj_in": Place.LEVEL, "out.2": Place.LEVEL, "time_embed.0": Place.NOWHERE,
     },

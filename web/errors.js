@@ -264,6 +264,7 @@ export const ZH = [
   [/take the mask off: it needs to know where this model keeps its picture, schedules and blocks do not \(masks work on /g, "请去掉遮罩：它需要知道这个模型把画面放在哪里，步数曲线和分层权重不需要 (遮罩可用于 "],
   [/ has (\S+) tokens where the picture has (\S+?)(?=: )/g, " 有 $1 个 token，而画面有 $2 个"],
   [/ has (\S+) tokens, which is no level of a picture of (\S+) by (\S+?)(?=: )/g, " 有 $1 个 token，与 $2×$3 的画面的任何一级都不符"],
+  [/ has other tokens than the picture, which another node or extension merges or cuts into tiles \(ToMe, HyperTile\): take the mask off or that out/g, " 看到的 token 与画面的不同，有其他节点或扩展合并了 token 或分块 (ToMe, HyperTile)：请去掉遮罩，或去掉那个节点"],
   [/another node or extension changes what this model sees, take the mask off or that out/g, "有其他节点或扩展改变了模型看到的内容，请去掉遮罩，或去掉那个节点"],
   [/a mask was given to a model whose picture is not known/g, "不知道这个模型的画面在哪里，却给了它遮罩"],
   [/a LoRA has a mask, and another node draws the picture in parts \(tiles\): nobody tells which, so take the mask off or that node out/g, "一个 LoRA 有遮罩，而另一个节点分块画图，不知道在画哪一块：请去掉遮罩，或去掉那个节点"],

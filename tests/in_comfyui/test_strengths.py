@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import math
 import re
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import comfy.hooks
 import comfy.lora
@@ -290,6 +292,75 @@ def drawn(case, model, batch: int = 1, areas=((),)) -> torch.Tensor:
     ]
     latent = {"samples": torch.zeros(batch, *architecture.latent[1:])}
     return nodes.common_ksampler(model, 3, 1, 1.0, "euler", "simple", prompt, prompt, latent)[0]["samples"]
+
+
+def test_references_that_are_kept_from_the_first_step(pack, folders):
+    """FluxKVCache: from the second step on only the first layer sees them, and the mask stays on the picture."""
+    cache = getattr(pytest.importorskip("comfy_extras.nodes_flux"), "FluxKVCache", None)
+    if cache is None:
+        pytest.skip("this ComfyUI does not have the node")
+    tiny, path = MODELS["Flux2"], folders / "unet_gguf" / "kept.gguf"
+    with sizes_of(tiny) as module:
+        write_tiny(tiny, module, "weights", path)
+        graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
+        dense = dense_model(pack, path)
+    g, layers, file = torch.Generator().manual_seed(5), dict(dense.model.named_modules()), {}
+    for name in ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"):
+        rows, columns = layers[f"diffusion_model.{name}"].weight.shape
+        file[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(4, columns, generator=g) / columns**0.5
+        file[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=g) / 4
+    references = [torch.randn(1, 128, 2, 4, generator=g)]
+    prompt = [[torch.randn(1, *tiny.context, generator=g), {"reference_latents": references}]]
+    left, seen = torch.tensor([1.0, 1, 0, 0]).repeat(4), []
+
+    def drawn(model) -> torch.Tensor:
+        model, latent = cache.execute(model)[0], {"samples": torch.zeros(tiny.latent)}
+        return nodes.common_ksampler(model, 3, 3, 1.0, "euler", "simple", prompt, prompt, latent)[0]["samples"]
+
+    def add(name, layer, inputs, output):
+        down, up = (file[f"{name}.lora_{side}.weight"] for side in "AB")
+        words = 512 if "single" in name else 0  # to which the host pads them
+        seen.append(output.shape[1] - len(left) - words)
+        at = torch.nn.functional.pad(left, (words, seen[-1])).view(1, -1, 1)
+        return output + 0.8 * at * (inputs[0] @ down.t() @ up.t())
+
+    branch, strength = graft.clone(), pack("ops.strengths").Strength(mask=halves()[0])
+    assert branch.add_patches(patches_of(graft, file), 0.8, when=strength)
+    got, base, plain = drawn(branch), drawn(graft), drawn(dense)
+    names = {key.rpartition(".lora_")[0] for key in file}
+    handles = [layers[name].register_forward_hook(partial(add, name)) for name in names]
+    try:
+        want = drawn(dense)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [8, 8, 8, 8, 0, 0, 8, 0, 0], "the references are there in the first step, then in the first layer"
+    assert distance(got - base, want - plain) < 1e-4
+    forget()
+
+
+@pytest.mark.parametrize("node", ["HyperTile", "TomePatchModel"])
+def test_tokens_of_tiles_and_merged_ones_are_refused(pack, case, node):
+    """Both give self-attention as many tokens as the next level of the UNet has."""
+    if case[0].name != "sd15":
+        pytest.skip("nodes for UNets")
+    architecture, graft, _, files = case
+    arguments = {"HyperTile": (64, 1, 0, False), "TomePatchModel": (0.75,)}[node]
+    module = importlib.import_module(f"comfy_extras.nodes_{'hypertile' if node == 'HyperTile' else 'tomesd'}")
+
+    def drawn(model) -> torch.Tensor:
+        made = getattr(module, node)
+        ran = getattr(made, "execute", None) or made().patch  # newer and older nodes
+        changed = ran(model, *arguments)[0]
+        prompt = architecture.conditioning(1)
+        latent = {"samples": torch.zeros(1, 4, 16, 16)}
+        return nodes.common_ksampler(changed, 3, 1, 1.0, "euler", "simple", prompt, prompt, latent)[0]["samples"]
+
+    plain = graft.clone()
+    plain.add_patches(patches_of(graft, files[0]), 0.8)
+    assert distance(drawn(plain), drawn(graft)) > 1e-3
+    with pytest.raises(Exception, match="merges or cuts into tiles"):
+        drawn(masked(pack, case, halves()[0]))
 
 
 def test_prompts_for_areas(pack, case):
