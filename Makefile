@@ -37,8 +37,8 @@ check: $(READY)  ## ruff, mypy, and who may import whom
 fuzz: $(READY)  ## hostile files and adapters, 20,000 of each kind; ARGS="gguf_reader --inputs 2000000", or --help
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz $(ARGS)
 
-hosts: $(READY)  ## every suite and every page in every ComfyUI (COMFYUI_PATH); `make test` leaves the longest to some
-	GRAFT_EVERY_HOST=1 $(PYTEST) tests/test_comfyui.py tests/test_comfyui_frontend.py $(ARGS)
+hosts: $(READY)  ## every suite and every page in every ComfyUI (COMFYUI_PATH) and Forge; `make test` lets older ones take turns
+	GRAFT_EVERY_HOST=1 $(PYTEST) tests/test_comfyui.py tests/test_comfyui_frontend.py tests/test_forge_server.py $(ARGS)
 
 company: $(READY)  ## beside other packs (COMFYUI_PEERS), each alone and all together, in every ComfyUI
 	GRAFT_EVERY_HOST=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -s tests/test_company.py tests/test_distributed.py $(ARGS)
