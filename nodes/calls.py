@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,24 +45,42 @@ def calc_cond_batch_told(executor: Any, model: Any, conds: Any, x: torch.Tensor,
 def _windows(x: torch.Tensor, options: Mapping[str, Any]) -> tuple[Window | None, ...] | None:
     """Which part of the picture each conditioning draws, see `Call`."""
     size, areas = options.get(CANVAS, (tuple(x.shape[-2:]), {}))
-    frames, whole = _frames(x, options.get("context_window")), tuple(x.shape[-2:]) == size
-    if whole and not frames:
+    seen, whole, uuids = options.get("context_window"), tuple(x.shape[-2:]) == size, options.get("uuids") or ()
+    axis = -1 if seen is None else seen.dim - (x.dim() - 3)
+    if axis in (1, 2) or (axis == 0 and x.dim() == 5):
+        window = None if areas and axis else _context(x, seen, axis, size)
+        if window is None:
+            return None
+    elif whole:
         return ()
-    uuids = options.get("uuids") or ()
+    else:
+        window = Window(*size)
     if not uuids or not (whole or all(uuid in areas for uuid in uuids)):
         return None
-    return tuple(Window(*size, *areas.get(uuid, (0, 0)), *frames) for uuid in uuids)
+    return tuple(_placed(window, areas.get(uuid, (0, 0))) for uuid in uuids)
 
 
-def _frames(x: torch.Tensor, window: Any) -> tuple:
-    """Which frames of how many a call draws of a long video, by the host's context window; empty where all."""
-    total = getattr(window, "total_frames", 0)  # which old hosts do not say
-    if not total or x.dim() != 5 or window.dim != 2:
-        return ()
-    frames, before = list(window.index_list), getattr(window, "causal_anchor_index", None)
-    if before is not None and x.shape[2] == len(frames) + 1:
-        frames.insert(0, before)
-    return (tuple(frames), total) if len(frames) == x.shape[2] else ()
+def _placed(window: Window, corner: tuple[int, int]) -> Window:
+    return replace(window, top=corner[0], left=corner[1])
+
+
+def _context(x: torch.Tensor, seen: Any, axis: int, size: tuple[int, int]) -> Window | None:
+    """What a call draws of a whole that the host's context windows go over; None where nobody tells.
+
+    Args:
+        axis: see `Window`.
+        size: rows and columns of what the calls of this window draw.
+    """
+    total, indices = getattr(seen, "total_frames", 0), list(seen.index_list)  # old hosts do not say how many
+    before, length = getattr(seen, "causal_anchor_index", None), x.shape[seen.dim]
+    if before is not None and length == len(indices) + 1:
+        indices.insert(0, before)
+    if length != len(indices):  # with frames behind them that LTX-Video is guided by
+        total = 0
+    if axis:
+        rows, columns = (total, size[1]) if axis == 1 else (size[0], total)
+        return Window(rows, columns, indices=tuple(indices), axis=axis) if total else None
+    return Window(*size, indices=tuple(indices), total=total)
 
 
 def _step(sigma: float, sigmas: Sequence[float]) -> tuple[float, int]:

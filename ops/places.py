@@ -79,22 +79,35 @@ class Window:
     Attributes:
         rows, columns: of the whole.
         top, left: where the part begins.
-        frames: those of a video that it is of, if not all.
-        total: how many frames the whole has then.
+        indices: which frames, rows or columns of the whole it has, one by one, if not all of them in a row.
+        axis: what these are: 0 frames, 1 rows, 2 columns.
+        total: how many frames the whole has, where `indices` are frames; 0 where nobody has told, nor which they are.
     """
 
     rows: int
     columns: int
-    top: int
-    left: int
-    frames: tuple[int, ...] = ()
+    top: int = 0
+    left: int = 0
+    indices: tuple[int, ...] = ()
+    axis: int = 0
     total: int = 0
 
     def cut(self, mask: torch.Tensor, picture: Picture) -> torch.Tensor:
-        """A mask of the whole, ``[n, rows, columns]`` of any size, for the part alone: a number for each cell."""
+        """A mask of the whole, ``[n, rows, columns]`` of any size, for the part alone: a number for each cell.
+
+        Raises:
+            GraftError: the mask differs from frame to frame, and nobody has told which frames these are.
+        """
         cells = F.interpolate(mask.unsqueeze(1), (self.rows, self.columns), mode="area")[:, 0]
-        if self.frames and cells.shape[0] > 1:
-            cells = _over_time(cells, self.total)[list(self.frames)]
+        if self.indices and self.axis:
+            cells = cells.index_select(self.axis, torch.tensor(self.indices, device=cells.device))
+        elif self.indices and cells.shape[0] > 1:
+            if not self.total:
+                raise GraftError(
+                    "a LoRA has a mask for each frame, and another node draws the video in parts: nobody tells which, so "
+                    "give it one mask for all frames or take that node out"
+                )
+            cells = _over_time(cells, self.total)[list(self.indices)]
         return cells[:, self.top : self.top + picture.rows, self.left : self.left + picture.columns]
 
 

@@ -268,6 +268,7 @@ export const ZH = [
   [/another node or extension changes what this model sees, take the mask off or that out/g, "有其他节点或扩展改变了模型看到的内容，请去掉遮罩，或去掉那个节点"],
   [/a mask was given to a model whose picture is not known/g, "不知道这个模型的画面在哪里，却给了它遮罩"],
   [/a LoRA has a mask, and another node draws the picture in parts \(tiles\): nobody tells which, so take the mask off or that node out/g, "一个 LoRA 有遮罩，而另一个节点分块画图，不知道在画哪一块：请去掉遮罩，或去掉那个节点"],
+  [/a LoRA has a mask for each frame, and another node draws the video in parts: nobody tells which, so give it one mask for all frames or take that node out/g, "一个 LoRA 每帧有一个遮罩，而另一个节点分段画视频，不知道在画哪一段：请给它一张用于所有帧的遮罩，或去掉那个节点"],
   [/a LoRA's mask is a batch of (\S+), and (\S+) are drawn: give it one mask, or one for each picture/g, "LoRA 的遮罩有 $1 张，而要画 $2 张图：请给它一张遮罩，或每张图一张"],
   [/a LoRA by region, step, prompt or block cannot be merged or saved in a model: take it off, or put it on behind this node/g, "按区域、步数、提示词或块使用的 LoRA 不能合并或保存到模型里：请去掉它，或加在本节点之后"],
   [/a LoRA by region, step, prompt or block has no single strength: take it off before you save/g, "按区域、步数、提示词或块使用的 LoRA 没有单一的强度：保存前请去掉它"],

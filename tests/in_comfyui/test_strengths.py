@@ -391,32 +391,64 @@ def test_a_mask_for_each_picture_of_a_batch(pack, case):
         drawn(case, masked(pack, case, masks), batch=3)
 
 
-def test_frames_of_a_context_window(pack, case):
-    """The host draws a long video in parts: a mask for each frame stays with its own."""
+@pytest.fixture
+def in_windows(case):
+    """Draws in parts along a dimension of the latent, as the host does it with what is too long for a model."""
     windows = pytest.importorskip("comfy.context_windows")
-    if case[0].name != "wan":
-        pytest.skip("no video")
-    tells = "total_frames" in inspect.signature(windows.IndexListContextWindow).parameters
-    handler = windows.IndexListContextHandler(
-        windows.get_matching_context_schedule("standard_static"), windows.get_matching_fuse_method("flat"),
-        context_length=2, context_overlap=0, dim=2,
-    )  # fmt: skip
-    handler.causal_window_fix = False  # newer hosts put a frame of the part before in front, which others would see
-    latent = {"samples": torch.zeros(1, 16, 4, 8, 6)}
 
-    def video(model) -> torch.Tensor:
-        model = model.clone()
+    def draw(model, size: tuple[int, ...], dim: int, length: int, fix: bool = False) -> torch.Tensor:
+        handler = windows.IndexListContextHandler(
+            windows.get_matching_context_schedule("standard_static"), windows.get_matching_fuse_method("flat"),
+            context_length=length, context_overlap=0, dim=dim,
+        )  # fmt: skip
+        # newer hosts put one of the part before in front, which others would see
+        handler.causal_window_fix = fix
+        model, prompt = model.clone(), case[0].conditioning(1)
         model.model_options["context_handler"] = handler
-        prompt = case[0].conditioning(1)
+        latent = {"samples": torch.zeros(size)}
         return nodes.common_ksampler(model, 3, 1, 1.0, "euler", "simple", prompt, prompt, latent)[0]["samples"]
 
+    # how many there are in all
+    draw.tells = "total_frames" in inspect.signature(windows.IndexListContextWindow).parameters
+    return draw
+
+
+def test_frames_of_a_context_window(pack, case, in_windows):
+    """The host draws a long video in parts: a mask for each frame stays with its own."""
+    if case[0].name != "wan":
+        pytest.skip("no video")
+    video = partial(in_windows, size=(1, 16, 4, 8, 6), dim=2, length=2)
     masks = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1).expand(4, 8, 8).contiguous()
     base, everywhere = video(case[1]), video(masked(pack, case, torch.ones(1, 8, 8)))
+    assert distance(everywhere, base) > 1e-3
+    if not in_windows.tells:
+        with pytest.raises(Exception, match="draws the video in parts: nobody tells which"):
+            video(masked(pack, case, masks))
+        return
     picture = video(masked(pack, case, masks))
-    assert distance(everywhere, base) > 1e-3 and distance(picture, base) > 1e-4
-    if tells:  # how many frames there are in all
-        assert distance(picture[:, :, :2], base[:, :, :2]) < 1e-6
-        assert distance(picture[:, :, 2:], everywhere[:, :, 2:]) < 1e-5
+    assert distance(picture[:, :, :2], base[:, :, :2]) < 1e-6
+    assert distance(picture[:, :, 2:], everywhere[:, :, 2:]) < 1e-5
+    assert distance(video(masked(pack, case, masks), fix=True), base) > 1e-3
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_rows_and_columns_of_a_context_window(pack, case, in_windows, axis):
+    """A large picture that the host draws in parts: a mask stays where it is in the whole."""
+    size = (*case[0].latent[:-2], 16, 16)
+    picture = partial(in_windows, size=size, dim=len(size) + axis, length=8)
+    mask = torch.zeros(1, 16, 16)
+    mask.narrow(axis, 8, 8).fill_(1)
+    if not in_windows.tells:
+        with pytest.raises(Exception, match="draws the picture in parts"):
+            picture(masked(pack, case, mask))
+        return
+    base, everywhere, got = (
+        picture(model) for model in (case[1], masked(pack, case, torch.ones(1, 8, 8)), masked(pack, case, mask))
+    )
+    for start, want in ((0, base), (8, everywhere)):
+        assert distance(got.narrow(axis, start, 8), want.narrow(axis, start, 8)) < 1e-5
+    assert distance(everywhere, base) > 1e-3
+    assert distance(picture(masked(pack, case, mask), fix=True), base) > 1e-4
 
 
 def test_a_picture_that_another_node_cuts_is_refused(pack, case):
