@@ -14,6 +14,8 @@ from ..ops.strengths import Call
 
 CANVAS = "graft_canvas"
 """Under which the host's options hold the size of the whole picture, and where areas begin, by conditioning."""
+PROMPTS = "graft_prompts"
+"""Under which they hold what each conditioning is for its guider, such as ``positive``."""
 
 
 def call_of(model: Any, architecture: Architecture | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> Call:
@@ -21,10 +23,35 @@ def call_of(model: Any, architecture: Architecture | None, x: torch.Tensor, *arg
     options = args[4] if len(args) > 4 else kwargs.get("transformer_options", {})
     sigmas, sigma = options.get("sample_sigmas"), float(args[0].flatten()[0])
     step, steps = _step(sigma, [] if sigmas is None else sigmas.tolist())
-    indices = options.get("cond_or_uncond") or [0]
-    names = tuple(("positive", "negative")[i] if i < 2 else str(i) for i in indices)
     picture = _picture(model.diffusion_model, x, kwargs, options)
-    return Call(step / steps, step, sigma, names, picture, architecture, _windows(x, options))
+    return Call(step / steps, step, sigma, _names(options), picture, architecture, _windows(x, options))
+
+
+def predict_noise_told(executor: Any, x: torch.Tensor, timestep: Any, options: Any = None, seed: Any = None) -> Any:
+    """The host's call of a guider: calls of the model get to know what each conditioning is for it.
+
+    Where it stands in a call does not tell. Self-attention guidance asks for the negative one alone, and a guider for
+    two prompts has it first.
+    """
+    prompts: dict[Any, str] = {}
+    for name, conds in executor.class_obj.conds.items():
+        for cond in conds or ():
+            # the host gives a prompt for an area a copy among the negative ones, under the same id
+            uuid = cond.get("uuid")
+            prompts[uuid] = name if prompts.get(uuid, name) == name else ""
+    options = options or {}
+    told = {**options.get("transformer_options", {}), PROMPTS: prompts}
+    return executor(x, timestep, {**options, "transformer_options": told}, seed)
+
+
+def _names(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the conditionings of a call are, in order."""
+    indices, uuids = options.get("cond_or_uncond") or [0], options.get("uuids") or ()
+    by_place = tuple(("positive", "negative")[i] if i < 2 else str(i) for i in indices)
+    prompts = options.get(PROMPTS)
+    if not prompts or len(uuids) != len(by_place):
+        return by_place
+    return tuple(prompts.get(uuid, "other") or place for uuid, place in zip(uuids, by_place, strict=True))
 
 
 def calc_cond_batch_told(executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: Any, options: dict) -> Any:

@@ -44,7 +44,7 @@ from ..ops.report import examples
 from ..ops.residual import ResidualStack, unfit
 from ..ops.strengths import Call, Number, Strength
 from ..ops.training import Training
-from .calls import calc_cond_batch_told, call_of
+from .calls import calc_cond_batch_told, call_of, predict_noise_told
 from .ops import HostLayer, plain_key
 
 log = logging.getLogger(__name__)
@@ -676,8 +676,10 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher, parent: GraftPatcher | None
         stack.merge = patcher.residuals.merge
     patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model_with(reference))
-    patcher.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
-    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch_with(reference))
+    tellers = {WrappersMP.CALC_COND_BATCH: calc_cond_batch_told, WrappersMP.PREDICT_NOISE: predict_noise_told}
+    for kind, told in tellers.items():
+        patcher.remove_wrappers_with_key(kind, KEY)
+        patcher.add_wrapper_with_key(kind, KEY, _told_with(reference, told))
     return patcher
 
 
@@ -702,15 +704,17 @@ def _apply_model_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
     return apply_model_grafted
 
 
-def _calc_cond_batch_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
-    def calc_cond_batch_grafted(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def _told_with(reference: Callable[[], GraftPatcher | None], told: Callable) -> Callable:
+    """A wrapper of the host's that lets `told` make its call, where a strength asks for what that tells."""
+
+    def call_told(executor: Any, *args: Any, **kwargs: Any) -> Any:
         patcher = reference()
-        # nothing more in what models get and compilers look at, where no strength asks for it
+        # nothing more in what models get and compilers look at, where none does
         if patcher is None or not patcher.residuals.varies:
             return executor(*args, **kwargs)
-        return calc_cond_batch_told(executor, *args, **kwargs)
+        return told(executor, *args, **kwargs)
 
-    return calc_cond_batch_grafted
+    return call_told
 
 
 def _caller(model: Any, owner: GraftPatcher | None) -> GraftPatcher:

@@ -104,8 +104,8 @@ class Window:
         elif self.indices and cells.shape[0] > 1:
             if not self.total:
                 raise GraftError(
-                    "a LoRA has a mask for each frame, and another node draws the video in parts: nobody tells which, so "
-                    "give it one mask for all frames or take that node out"
+                    "a LoRA has a mask for each frame, and another node draws the video in parts: nobody tells which, "
+                    "so give it one mask for all frames or take that node out"
                 )
             cells = _over_time(cells, self.total)[list(self.indices)]
         return cells[:, self.top : self.top + picture.rows, self.left : self.left + picture.columns]

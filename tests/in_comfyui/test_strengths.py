@@ -15,12 +15,15 @@ from functools import partial
 
 import comfy.hooks
 import comfy.lora
+import comfy.sample
+import comfy.samplers
 import comfy.sd
 import comfy.weight_adapter
 import nodes
 import pytest
 import torch
 from architectures import ARCHITECTURES, NARROW
+from comfy_extras import nodes_custom_sampler
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from conftest import ROOT
 from generation import both_models, dense_model, distance, forget, sample
@@ -275,6 +278,51 @@ def test_the_positive_prompt_alone(pack, case):
     base = sample(graft, architecture, cfg=3.0)
     assert distance((positive - base) + (sample(negative, architecture, cfg=3.0) - base), both - base) < 1e-4
     assert distance(positive, both) > 1e-3
+
+
+def for_prompt(pack, case, prompt: str):
+    _, graft, _, files = case
+    branch = graft.clone()
+    assert branch.add_patches(patches_of(graft, files[0]), 0.8, when=pack("ops.strengths").Strength(applies_to=prompt))
+    return branch
+
+
+def test_a_guider_for_two_prompts(pack, case):
+    """Dual CFG asks for the negative prompt first. Without guidance by the first prompt that one shows nowhere."""
+    architecture, graft = case[:2]
+    prompts = [architecture.conditioning(seed) for seed in (1, 2, 3)]
+
+    def picture(model, first: float, second: float) -> torch.Tensor:
+        guider = nodes_custom_sampler.Guider_DualCFG(model)
+        guider.set_conds(*prompts)
+        guider.set_cfg(first, second)
+        latent, sampler = torch.zeros(architecture.latent), comfy.samplers.ksampler("euler")
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 1)
+        return guider.sample(comfy.sample.prepare_noise(latent, 3), latent, sampler, sigmas)
+
+    positive, negative = (for_prompt(pack, case, prompt) for prompt in ("positive", "negative"))
+    base = picture(graft, 0.0, 3.0)
+    assert distance(picture(positive, 0.0, 3.0), base) < 1e-6
+    assert distance(picture(negative, 0.0, 3.0), base) > 1e-3
+    # the second prompt alone
+    base = picture(graft, 0.0, 1.0)
+    assert all(distance(picture(model, 0.0, 1.0), base) < 1e-6 for model in (positive, negative))
+    assert distance(picture(positive, 2.0, 1.0), picture(graft, 2.0, 1.0)) > 1e-3
+
+
+def test_guidance_that_asks_for_the_negative_prompt_alone(pack, case):
+    """Self-attention guidance adds what it finds there: a LoRA for the positive prompt changes none of it."""
+    if case[0].name != "sd15":
+        pytest.skip("a node for UNets")
+    node = importlib.import_module("comfy_extras.nodes_sag").SelfAttentionGuidance
+    guided = getattr(node, "execute", None) or node().patch  # newer and older nodes
+
+    def added(model) -> torch.Tensor:
+        return sample(guided(model, 1.0, 2.0)[0], case[0], cfg=3.0) - sample(model, case[0], cfg=3.0)
+
+    base = added(case[1])
+    assert distance(added(for_prompt(pack, case, "positive")), base) < 1e-4
+    assert distance(added(for_prompt(pack, case, "negative")), base) > 1e-2
 
 
 def masked(pack, case, mask: torch.Tensor):
