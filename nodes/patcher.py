@@ -696,6 +696,8 @@ def _merge_of(reference: Callable[[], GraftPatcher | None]) -> Callable:
 def _apply_model_with(reference: Callable[[], GraftPatcher | None]) -> Callable:
     def apply_model_grafted(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         patcher = _caller(executor.class_obj, reference())
+        if patcher is None:
+            return executor(x, *args, **kwargs)
         if patcher.is_compiled():
             int8.prepare(patcher.graft.layers, x.device)
         with patcher.grafted(x.device, call=patcher.call_of(x, *args, **kwargs)):
@@ -717,8 +719,10 @@ def _told_with(reference: Callable[[], GraftPatcher | None], told: Callable) -> 
     return call_told
 
 
-def _caller(model: Any, owner: GraftPatcher | None) -> GraftPatcher:
+def _caller(model: Any, owner: GraftPatcher | None) -> GraftPatcher | None:
     """Whose call of `model` this is; for several devices a host calls all models by the wrappers of one `owner`.
+
+    None for a model of another loader: so does a guider with a second model for the negative prompt.
 
     Raises:
         GraftError: the model's own patcher is gone.
@@ -726,7 +730,9 @@ def _caller(model: Any, owner: GraftPatcher | None) -> GraftPatcher:
     for patcher in (owner, model.current_patcher):
         if isinstance(patcher, GraftPatcher) and patcher.model is model:
             return patcher
-    raise GraftError(_ORPHAN)
+    if packed_layers(model):
+        raise GraftError(_ORPHAN)
+    return None
 
 
 class _Savable:

@@ -11,6 +11,8 @@ import comfy.conds
 import comfy.hooks
 import comfy.model_base
 import comfy.model_management
+import comfy.sample
+import comfy.samplers
 import nodes
 import pytest
 import torch
@@ -18,7 +20,7 @@ from architectures import META, Architecture
 from comfy.model_base import BaseModel
 from generation import both_models, distance, sample, with_lora
 from loras import make_lora
-from small import SD3, loras, sd3  # noqa: F401  (fixtures)
+from small import SD3, loras, sd3, stock  # noqa: F401  (fixtures)
 
 DEVICES = [torch.device("cpu"), torch.device("cpu:1"), torch.device("cpu:2")]
 
@@ -161,6 +163,29 @@ def test_a_call_of_a_model_whose_patcher_is_unknown_is_refused(sd3, loras, pack)
     del branch
     with pytest.raises(pack("kernels").GraftError, match="left its LoRAs behind"):
         graft.model.apply_model(torch.zeros(SD3.latent), torch.ones(1), transformer_options={"wrappers": wrappers})
+
+
+@pytest.mark.parametrize("place", ["positive", "negative"])
+def test_another_model_for_the_negative_prompt(sd3, stock, loras, place):  # noqa: F811
+    """A guider that calls a second model by the wrappers of the first, of which one is ours."""
+    custom = importlib.import_module("comfy_extras.nodes_custom_sampler")
+    if not hasattr(custom, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no such guider")
+
+    def picture(model) -> torch.Tensor:
+        first, second = (model, stock) if place == "positive" else (stock, model)
+        guider, latent = custom.Guider_DualModel(first, second), torch.zeros(SD3.latent)
+        guider.set_conds(SD3.conditioning(1), SD3.conditioning(2))
+        guider.set_cfg(4.0)
+        noise, sampler = comfy.sample.prepare_noise(latent, 3), comfy.samplers.ksampler("euler")
+        sigmas = comfy.samplers.calculate_sigmas(first.get_model_object("model_sampling"), "simple", 2)
+        return guider.sample(noise, latent, sampler, sigmas)
+
+    graft, dense = sd3
+    base, want = picture(dense), picture(with_lora(dense, loras[0]))
+    assert distance(picture(graft), base) < 1e-5
+    assert distance(picture(with_lora(graft, loras[0])) - base, want - base) < 1e-4 < distance(want, base)
+    assert not left_on(graft)
 
 
 def _prepares_its_context(self, **kwargs):

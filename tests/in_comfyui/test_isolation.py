@@ -108,11 +108,13 @@ def _new_loras(dense, count, layers=SD3.lora_layers):
 def test_the_host_counts_the_factors_of_every_branch_that_is_there(sd3):  # noqa: F811
     graft, dense = sd3
     comfy.model_management.unload_all_models()
+    before = list(comfy.model_management.current_loaded_models)  # on devices that another test has played
     branches = [with_lora(graft, lora) for lora in _new_loras(dense, 6)]
     for branch in branches:
         sample(branch, SD3)
     held = {p for b in branches for member in b.build_residuals() for p in member.parameters()}
-    counted = sum(loaded.model_memory() for loaded in comfy.model_management.current_loaded_models)
+    after = (loaded for loaded in comfy.model_management.current_loaded_models if loaded not in before)
+    counted = sum(loaded.model_memory() for loaded in after)
     assert counted == graft.model_size() + sum(p.nbytes for p in held)
 
 
