@@ -73,6 +73,8 @@ def _windows(x: torch.Tensor, options: Mapping[str, Any]) -> tuple[Window | None
     """Which part of the picture each conditioning draws, see `Call`."""
     size, areas = options.get(CANVAS, (tuple(x.shape[-2:]), {}))
     seen, whole, uuids = options.get("context_window"), tuple(x.shape[-2:]) == size, options.get("uuids") or ()
+    if seen is not None and not (hasattr(seen, "dim") and hasattr(seen, "index_list")):
+        return None  # windows of another pack, which may cut as they like
     axis = -1 if seen is None else seen.dim - (x.dim() - 3)
     if axis in (1, 2) or (axis == 0 and x.dim() == 5):
         window = None if areas and axis else _context(x, seen, axis, size)
