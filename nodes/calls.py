@@ -86,11 +86,8 @@ def _windows(x: torch.Tensor, options: Mapping[str, Any]) -> tuple[Window | None
         window = Window(*size)
     if not uuids or not (whole or all(uuid in areas for uuid in uuids)):
         return None
-    return tuple(_placed(window, areas.get(uuid, (0, 0))) for uuid in uuids)
-
-
-def _placed(window: Window, corner: tuple[int, int]) -> Window:
-    return replace(window, top=corner[0], left=corner[1])
+    corners = (areas.get(uuid, (0, 0)) for uuid in uuids)
+    return tuple(replace(window, top=top, left=left) for top, left in corners)
 
 
 def _context(x: torch.Tensor, seen: Any, axis: int, size: tuple[int, int]) -> Window | None:

@@ -150,7 +150,7 @@ class Session:
             raise
         except Exception as error:
             self._keep("stopped by an error")
-            if not (isinstance(error, (OutOfMemory, MemoryError, _OOM)) or is_full(error)):
+            if not (is_full(error) or isinstance(error, _OOM)):
                 raise
             raise OutOfMemory(self._too_large()) from error
         finally:

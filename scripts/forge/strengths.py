@@ -153,9 +153,9 @@ def call_of(
     multiple = getattr(model, "pad_tokens_multiple", None) or 1
     behind = [*(kwargs.get("ref_latents") or references)]
     patch = patch_of(model, _PATCHES.get("" if architecture is None else architecture.name, 1))
-    picture = None if behind and multiple > 1 else picture_of(
-        x, patch, behind=behind, multiple=multiple, options=options
-    )
+    picture = picture_of(x, patch, behind=behind, multiple=multiple, options=options)
+    if behind and multiple > 1:
+        picture = None
     windows = () if canvas in ((), tuple(x.shape[-2:])) else None
     return Call(min(1.0, number / max(1, total)), number, 1.0, names, picture, architecture, windows)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
 import comfy.sd
 import nodes
 import torch
@@ -51,6 +53,14 @@ def sample(model, architecture: Architecture, steps: int = 1, cfg: float = 1.0, 
     latent = {"samples": torch.zeros(architecture.latent)}
     positive, negative = architecture.conditioning(1), architecture.conditioning(2)
     return nodes.common_ksampler(model, seed, steps, cfg, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+
+def sample_guided(guider, architecture: Architecture, steps: int = 1, seed: int = 3) -> torch.Tensor:
+    """A latent from a guider that has its conditionings."""
+    latent, model = torch.zeros(architecture.latent), guider.model_patcher
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    return guider.sample(noise, latent, comfy.samplers.ksampler("euler"), sigmas)
 
 
 def with_lora(model, lora: dict[str, torch.Tensor], strength: float = 1.0):

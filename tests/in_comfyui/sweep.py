@@ -161,7 +161,7 @@ def _made_with(module: type, arguments: Mapping[str, Any], *args: Any, **kwargs:
 
 def output_of(patcher: Any, tiny: TinyModel) -> torch.Tensor:
     """What the diffusion model gives in a step of the host's sampler, or called as its nodes call it."""
-    noise = partial(_noise, torch.Generator().manual_seed(1))
+    noise = partial(random_noise, torch.Generator().manual_seed(1))
     model = patcher.model.diffusion_model
     if tiny.called is not None:
         comfy.model_management.load_models_gpu([patcher])
@@ -179,7 +179,7 @@ def output_of(patcher: Any, tiny: TinyModel) -> torch.Tensor:
     return _flat(seen)
 
 
-def _noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
+def random_noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 
 

@@ -11,14 +11,12 @@ import comfy.conds
 import comfy.hooks
 import comfy.model_base
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
 import nodes
 import pytest
 import torch
 from architectures import META, Architecture
 from comfy.model_base import BaseModel
-from generation import both_models, distance, sample, with_lora
+from generation import both_models, distance, sample, sample_guided, with_lora
 from loras import make_lora
 from small import SD3, loras, sd3, stock  # noqa: F401  (fixtures)
 
@@ -174,12 +172,10 @@ def test_another_model_for_the_negative_prompt(sd3, stock, loras, place):  # noq
 
     def picture(model) -> torch.Tensor:
         first, second = (model, stock) if place == "positive" else (stock, model)
-        guider, latent = custom.Guider_DualModel(first, second), torch.zeros(SD3.latent)
+        guider = custom.Guider_DualModel(first, second)
         guider.set_conds(SD3.conditioning(1), SD3.conditioning(2))
         guider.set_cfg(4.0)
-        noise, sampler = comfy.sample.prepare_noise(latent, 3), comfy.samplers.ksampler("euler")
-        sigmas = comfy.samplers.calculate_sigmas(first.get_model_object("model_sampling"), "simple", 2)
-        return guider.sample(noise, latent, sampler, sigmas)
+        return sample_guided(guider, SD3, steps=2)
 
     graft, dense = sd3
     base, want = picture(dense), picture(with_lora(dense, loras[0]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from generation import dense_model, distance, forget
 from hosts import EVERYTHING
-from sweep import lora_for, sizes_of, with_lora, write_tiny
+from sweep import lora_for, random_noise, sizes_of, with_lora, write_tiny
 from tiny_models import MODELS
 
 FAMILIES = ("WAN21_T2V", "SD15", "SD3", "Flux", "LTXV", "QwenImage") if EVERYTHING else ("WAN21_T2V",)
@@ -85,7 +85,7 @@ def test_pictures_are_those_on_the_hosts_own_model(pack, folders, changers, fami
         graft = pack("nodes.loader").load_diffusion_model(str(path), compute_dtype="fp32")
         dense = dense_model(pack, path)
     before, behind = (lora_for(graft, dense, seed=seed) for seed in (5, 6))
-    noise = partial(drawn_noise, torch.Generator().manual_seed(1))
+    noise = partial(random_noise, torch.Generator().manual_seed(1))
     prompts = [[[noise(1, *tiny.context), tiny.brings(noise)]] for _ in range(3)]
 
     def picture(model: Any, change: Callable[[Any], Any]) -> torch.Tensor:
@@ -114,7 +114,3 @@ def test_pictures_are_those_on_the_hosts_own_model(pack, folders, changers, fami
 
 def same(model: Any) -> Any:
     return model
-
-
-def drawn_noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=generator)

@@ -15,8 +15,6 @@ from functools import partial
 
 import comfy.hooks
 import comfy.lora
-import comfy.sample
-import comfy.samplers
 import comfy.sd
 import comfy.weight_adapter
 import nodes
@@ -26,7 +24,7 @@ from architectures import ARCHITECTURES, NARROW
 from comfy_extras import nodes_custom_sampler
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from conftest import ROOT
-from generation import both_models, dense_model, distance, forget, sample
+from generation import both_models, dense_model, distance, forget, sample, sample_guided
 from graft.demo import pictures
 from loras import make_lora
 from safetensors.torch import load_file, save_file
@@ -280,11 +278,16 @@ def test_the_positive_prompt_alone(pack, case):
     assert distance(positive, both) > 1e-3
 
 
-def for_prompt(pack, case, prompt: str):
+def branch_with(pack, case, **when):
+    """The first LoRA on the Graft model, where and when `Strength` is told."""
     _, graft, _, files = case
     branch = graft.clone()
-    assert branch.add_patches(patches_of(graft, files[0]), 0.8, when=pack("ops.strengths").Strength(applies_to=prompt))
+    assert branch.add_patches(patches_of(graft, files[0]), 0.8, when=pack("ops.strengths").Strength(**when))
     return branch
+
+
+def for_prompt(pack, case, prompt: str):
+    return branch_with(pack, case, applies_to=prompt)
 
 
 def test_a_guider_for_two_prompts(pack, case):
@@ -296,9 +299,7 @@ def test_a_guider_for_two_prompts(pack, case):
         guider = nodes_custom_sampler.Guider_DualCFG(model)
         guider.set_conds(*prompts)
         guider.set_cfg(first, second)
-        latent, sampler = torch.zeros(architecture.latent), comfy.samplers.ksampler("euler")
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 1)
-        return guider.sample(comfy.sample.prepare_noise(latent, 3), latent, sampler, sigmas)
+        return sample_guided(guider, architecture)
 
     positive, negative = (for_prompt(pack, case, prompt) for prompt in ("positive", "negative"))
     base = picture(graft, 0.0, 3.0)
@@ -310,15 +311,21 @@ def test_a_guider_for_two_prompts(pack, case):
     assert distance(picture(positive, 2.0, 1.0), picture(graft, 2.0, 1.0)) > 1e-3
 
 
+def behind(module: str, name: str, model, *arguments):
+    """The model behind a node of the host's."""
+    node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+    change = getattr(node, "execute", None) or node().patch  # newer and older nodes
+    return change(model, *arguments)[0]
+
+
 def test_guidance_that_asks_for_the_negative_prompt_alone(pack, case):
     """Self-attention guidance adds what it finds there: a LoRA for the positive prompt changes none of it."""
     if case[0].name != "sd15":
         pytest.skip("a node for UNets")
-    node = importlib.import_module("comfy_extras.nodes_sag").SelfAttentionGuidance
-    guided = getattr(node, "execute", None) or node().patch  # newer and older nodes
 
     def added(model) -> torch.Tensor:
-        return sample(guided(model, 1.0, 2.0)[0], case[0], cfg=3.0) - sample(model, case[0], cfg=3.0)
+        with_guidance = behind("nodes_sag", "SelfAttentionGuidance", model, 1.0, 2.0)
+        return sample(with_guidance, case[0], cfg=3.0) - sample(model, case[0], cfg=3.0)
 
     base = added(case[1])
     assert distance(added(for_prompt(pack, case, "positive")), base) < 1e-4
@@ -326,10 +333,7 @@ def test_guidance_that_asks_for_the_negative_prompt_alone(pack, case):
 
 
 def masked(pack, case, mask: torch.Tensor):
-    _, graft, _, files = case
-    branch = graft.clone()
-    assert branch.add_patches(patches_of(graft, files[0]), 0.8, when=pack("ops.strengths").Strength(mask=mask))
-    return branch
+    return branch_with(pack, case, mask=mask)
 
 
 def drawn(case, model, batch: int = 1, areas=((),)) -> torch.Tensor:
@@ -387,20 +391,20 @@ def test_references_that_are_kept_from_the_first_step(pack, folders):
     forget()
 
 
-@pytest.mark.parametrize("node", ["HyperTile", "TomePatchModel"])
+@pytest.mark.parametrize(
+    "node",
+    [("nodes_hypertile", "HyperTile", 64, 1, 0, False), ("nodes_tomesd", "TomePatchModel", 0.75)],
+    ids=["HyperTile", "TomePatchModel"],
+)
 def test_tokens_of_tiles_and_merged_ones_are_refused(pack, case, node):
     """Both give self-attention as many tokens as the next level of the UNet has."""
     if case[0].name != "sd15":
         pytest.skip("nodes for UNets")
     architecture, graft, _, files = case
-    arguments = {"HyperTile": (64, 1, 0, False), "TomePatchModel": (0.75,)}[node]
-    module = importlib.import_module(f"comfy_extras.nodes_{'hypertile' if node == 'HyperTile' else 'tomesd'}")
+    module, name, *arguments = node
 
     def drawn(model) -> torch.Tensor:
-        made = getattr(module, node)
-        ran = getattr(made, "execute", None) or made().patch  # newer and older nodes
-        changed = ran(model, *arguments)[0]
-        prompt = architecture.conditioning(1)
+        changed, prompt = behind(module, name, model, *arguments), architecture.conditioning(1)
         latent = {"samples": torch.zeros(1, 4, 16, 16)}
         return nodes.common_ksampler(changed, 3, 1, 1.0, "euler", "simple", prompt, prompt, latent)[0]["samples"]
 

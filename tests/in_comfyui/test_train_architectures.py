@@ -13,7 +13,7 @@ import folder_paths
 import pytest
 import torch
 from generation import distance, fingerprint, forget
-from sweep import _noise, known_classes, output_of, sizes_of, write_tiny
+from sweep import known_classes, output_of, random_noise, sizes_of, write_tiny
 from tiny_models import MODELS
 
 EVERY = os.environ.get("GRAFT_EVERY_HOST")
@@ -47,7 +47,7 @@ def test_it_trains(pack, tmp_path, name):
     g = torch.Generator().manual_seed(1)
 
     def noise(*shape):
-        return _noise(g, *shape)
+        return random_noise(g, *shape)
 
     try:
         with torch.inference_mode():
